@@ -1,0 +1,9 @@
+"""The method: SEAL as a PEFT tuner. Imports torch, peft and transformers types only."""
+
+from .config import SealConfig
+from .layer import SealLayer
+from .model import SealModel
+from .registry import register
+from .scales import scales
+
+__all__ = ["SealConfig", "SealLayer", "SealModel", "register", "scales"]

@@ -1,0 +1,181 @@
+"""SealConfig: which heads get a scale, and how fine it is."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from peft.config import PeftConfig
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import safe_open
+from torch import Tensor
+
+Granularity = Literal["head", "channel"]
+
+_LOAD_NOTE = (
+    "\n## Loading\n\n"
+    "SEAL is not part of PEFT: import `seal_peft` first, or loading ends in `KeyError: 'SEAL'`.\n\n"
+    "```python\n"
+    "import seal_peft  # registers SEAL with PEFT\n"
+    "from peft import AutoPeftModelForCausalLM\n\n"
+    'model = AutoPeftModelForCausalLM.from_pretrained("path/or/id/of/this/adapter")\n'
+    "```\n"
+)
+
+
+@dataclass
+class SealConfig(PeftConfig):
+    """Configuration of SEAL, which learns how strongly each attention head counts.
+
+    Source: "SEAL: Scaling to Emphasize Attention for Long-Context Retrieval", ACL 2025, arXiv 2501.15225.
+
+    Args:
+        granularity: `"head"` learns one scale per attention head (SEAL-H), `"channel"` one per channel of every head
+            (SEAL-C).
+        target_modules: Attention output projections to scale the input of, as name suffixes or one regular
+            expression. `None` picks them by architecture.
+        exclude_modules: Modules to leave out, as name suffixes or one regular expression.
+        layers_to_transform: Indices of the layers to adapt. `None` adapts all.
+        layers_pattern: Name of the layer list, if `layers_to_transform` is given and the name is unusual.
+        modules_to_save: Modules apart from the scales that are trained and saved in full.
+        init_weights: `True` starts at the identity (every scale 1). `False` starts at random scales, for tests.
+        num_attention_heads: Number of heads a projection reads. `None` asks the attention module.
+        head_dim: Channels per head. `None` asks the attention module.
+        heads: Filled in by the model: the `(num_heads, head_dim)` pair of each adapted layer. An adapter that was
+            saved with other pairs than those of the base is refused.
+
+    Raises:
+        ValueError: A field has a value that is not allowed.
+    """
+
+    granularity: Granularity = field(
+        default="head", metadata={"help": "One scale per attention 'head' (SEAL-H) or per 'channel' of it (SEAL-C)."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Attention output projections: name suffixes or one regex. None: by architecture."},
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave out: name suffixes or one regex."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt. None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, if `layers_to_transform` is given."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules apart from the scales that are trained and saved in full."}
+    )
+    init_weights: bool = field(default=True, metadata={"help": "Start at the identity (True) or at random (False)."})
+    num_attention_heads: int | None = field(
+        default=None, metadata={"help": "Heads a projection reads. None: ask the attention module."}
+    )
+    head_dim: int | None = field(default=None, metadata={"help": "Channels per head. None: ask the attention module."})
+    heads: list[list[int]] | None = field(
+        default=None, metadata={"help": "Filled in: (num_heads, head_dim) of each adapted layer."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType["SEAL"]
+        # What a file says about its base is an expectation; what a later injection fills in is a record.
+        self._expected_heads = self.heads
+        if self.granularity not in get_args(Granularity):
+            raise ValueError(
+                f"granularity={self.granularity!r} is not allowed. Use 'head' (one scale per attention head) or "
+                "'channel' (one per channel of every head)."
+            )
+        for name in ("num_attention_heads", "head_dim"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+                raise ValueError(
+                    f"{name}={value!r} is not allowed. Use a positive whole number, or None to look it up."
+                )
+        self.target_modules = _set_of(self.target_modules)
+        self.exclude_modules = _set_of(self.exclude_modules)
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is one regular expression: put the layer "
+                "indices into the expression, or give a list of module names."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("When `layers_pattern` is given, `layers_to_transform` must be given, too.")
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save the config, and name the import that loading needs in the model card beside it, if there is one."""
+        super().save_pretrained(save_directory, **kwargs)
+        card = os.path.join(save_directory, "README.md")
+        if os.path.isfile(card):
+            with open(card, encoding="utf-8") as file:
+                text = file.read()
+            if "import seal_peft" not in text:
+                with open(card, "w", encoding="utf-8") as file:
+                    file.write(text.rstrip("\n") + "\n" + _LOAD_NOTE)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
+        """Load the config; in a local folder, make sure first that the weights beside it are usable.
+
+        PEFT reads the config before it touches the model, so that a broken adapter leaves the model as it was.
+
+        Raises:
+            ValueError: The weights file is cut off or is not a safetensors file, or holds scales that are not finite
+                or not of the config's granularity.
+        """
+        weights = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        check_weights_file(weights)
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if os.path.isfile(weights):
+            with safe_open(weights, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if key.endswith(".seal_delta.weight"):
+                        config._check_scale(key, file.get_tensor(key))
+        return config
+
+    def _check_scale(self, name: str, value: Tensor) -> None:
+        shapes = {(heads, dim)[: value.dim()] for heads, dim in self.heads or []} or {tuple(value.shape)}
+        if value.dim() != (1 if self.granularity == "head" else 2) or tuple(value.shape) not in shapes:
+            raise ValueError(
+                f"The adapter's scales {name} have shape {tuple(value.shape)}, which does not fit its config "
+                f"(granularity={self.granularity!r}, (num_heads, head_dim) = {self.heads}). The two files do not "
+                "belong together: save or download the adapter again."
+            )
+        if not value.isfinite().all():
+            raise ValueError(
+                f"The adapter holds NaN or infinite scales ({name}). Its file is broken or its training diverged; do "
+                "not use it."
+            )
+
+
+def check_weights_file(path: str) -> None:
+    """Refuse a safetensors file that is cut off or damaged; a missing file is left to the loader.
+
+    Raises:
+        ValueError: The size of the file is not what its header announces.
+    """
+    if not os.path.isfile(path):
+        return
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        start = file.read(8)
+        length = int.from_bytes(start, "little") if len(start) == 8 else size
+        try:
+            header = json.loads(file.read(length)) if 8 + length <= size else {}
+            end = (
+                8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            )
+        except (ValueError, TypeError, KeyError, AttributeError):
+            end = None
+    if end != size:
+        raise ValueError(
+            f"The adapter file {path} is cut off or damaged ({size} bytes"
+            + (f", its header announces {end}" if end else ", no readable header")
+            + "). Save the adapter again, or download it again."
+        )
+
+
+def _set_of(names: list[str] | str | None) -> Any:
+    return set(names) if isinstance(names, (list, tuple)) else names

@@ -1,0 +1,207 @@
+"""The wrapped attention output projection: holds the scales, applies them to its input, folds them into its weight."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import SealConfig
+from .geometry import HeadGeometry
+from .scale import scale_heads
+
+# Spread of the random scales when `init_weights=False`; only tests want them.
+_RANDOM_INIT_STD = 0.1
+
+
+class ScaleOffset(nn.Module):
+    """The learned numbers of one adapter in one layer: `weight = scale - 1`.
+
+    Zero is the identity, so weight decay, missing keys and zero filling all mean "unchanged", and small changes
+    survive rounding. A module of its own with a `.weight` is what FSDP's wrap policy looks for.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def forward(self, alpha: float) -> Tensor:
+        """Return the scale `1 + alpha * weight` in fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`."""
+        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
+        scale = 1 + alpha * weight
+        return scale.unsqueeze(-1) if scale.dim() == 1 else scale
+
+
+class SealLayer(BaseTunerLayer):
+    """What every wrapped module shares: the scales of its adapters.
+
+    Attributes:
+        geometry: How the input of the base layer splits into heads.
+        seal_delta: One `ScaleOffset` per adapter.
+        seal_alpha: Strength of each adapter, 1.0 unless changed.
+    """
+
+    adapter_layer_names: tuple[str, ...] = ("seal_delta",)
+    other_param_names: tuple[str, ...] = ("seal_alpha",)
+
+    def __init__(self, base_layer: nn.Module, geometry: HeadGeometry, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.geometry = geometry
+        self.seal_delta = nn.ModuleDict()
+        self.seal_alpha: dict[str, float] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._cached_scale: tuple[Any, list[Tensor], Tensor] | None = None
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+
+    def update_layer(self, adapter_name: str, config: SealConfig) -> None:
+        """Add the scales of one adapter, at the identity unless the config says otherwise."""
+        num_heads, head_dim = self.geometry
+        offset = ScaleOffset((num_heads,) if config.granularity == "head" else (num_heads, head_dim))
+        if not config.init_weights:
+            nn.init.normal_(offset.weight, std=_RANDOM_INIT_STD)
+        self.seal_delta[adapter_name] = offset
+        self.seal_alpha[adapter_name] = 1.0
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """Follow the base layer to its device but not to its dtype: offsets stay fp32, or small steps round away."""
+        if device is None:
+            device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+        offset = self.seal_delta[adapter_name] if adapter_name in self.seal_delta else None
+        meta = torch.device("meta")
+        if offset is not None and device not in (None, meta) and offset.weight.device != meta:
+            self.seal_delta[adapter_name] = offset.to(device)
+
+    def get_scale(self, adapter_names: list[str]) -> Tensor | None:
+        """Return the product of the given adapters' scales.
+
+        Args:
+            adapter_names: Adapters to combine; names that this layer does not hold count as the identity.
+
+        Returns:
+            fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`; `None` where no adapter applies.
+        """
+        names = [name for name in adapter_names if name in self.seal_delta]
+        if not names:
+            return None
+        scale = self.seal_delta[names[0]](self.seal_alpha[names[0]])
+        for name in names[1:]:
+            scale = scale * self.seal_delta[name](self.seal_alpha[name])
+        return scale
+
+
+class Linear(nn.Module, SealLayer):
+    """SEAL around a linear attention output projection: `nn.Linear`, GPT-2's `Conv1D`, or a quantised one."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: SealConfig, geometry: HeadGeometry, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        SealLayer.__init__(self, base_layer, geometry, **kwargs)
+        self._active_adapter = adapter_name
+        self._original: Any = None
+        self.update_layer(adapter_name, config)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        scale = self._active_scale()
+        return self.base_layer(x if scale is None else scale_heads(x, scale), *args, **kwargs)
+
+    def _active_scale(self) -> Tensor | None:
+        """Product of the active scales that are not folded into the weight yet; kept between calls in inference."""
+        names = [n for n in self.active_adapters if n in self.seal_delta and n not in self.merged_adapters]
+        if not names:
+            return None
+        weights = [self.seal_delta[name].weight for name in names]
+        trainable = any(w.requires_grad for w in weights)
+        if trainable:
+            # Fused optimizers write to weights without counting versions.
+            self._cached_scale = None
+        if trainable or torch.compiler.is_compiling() or any(w.is_inference() for w in weights):
+            return self.get_scale(names)
+        # `_version` counts in-place writes and `data_ptr` sees moves and replaced tensors; holding on to the tensors
+        # keeps a new one from getting the address of an old one.
+        key = [(n, w.data_ptr(), w._version, w.dtype, self.seal_alpha[n]) for n, w in zip(names, weights, strict=True)]
+        if self._cached_scale is None or self._cached_scale[0] != key:
+            # A tensor made in inference mode could not be saved for a later backward pass.
+            with torch.inference_mode(False):
+                self._cached_scale = (key, [w.detach() for w in weights], self.get_scale(names))
+        return self._cached_scale[2]
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold scales into the weight, `W <- W diag(s)`, computed in fp32; the bias stays.
+
+        The original weight is kept until `unmerge`, so that it comes back bit for bit.
+
+        Args:
+            safe_merge: Refuse to write weights that are not finite.
+            adapter_names: Adapters to merge; `None` merges the active ones.
+
+        Raises:
+            ValueError: `safe_merge` is set and the result is not finite, or the quantised format cannot be merged.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.seal_delta]
+        if not names:
+            return
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"Scales cannot be merged into {backend.backend_name} weights. Keep the adapter unmerged (it runs on "
+                "any quantised base), or load the base model unquantised to merge."
+            )
+        before = self._snapshot()
+        original = self._original if self.merged else before
+        self._restore(original)
+        with torch.no_grad():
+            weight = self.get_base_weight()
+            merged = (weight * self._per_input(self.merged_adapters + names)).to(weight.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            self._restore(before)
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
+        self.set_base_weight(merged)
+        self._original = original
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put the original weight back, bit for bit."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self._restore(self._original)
+        self._original = None
+        self.merged_adapters.clear()
+
+    def _per_input(self, adapter_names: list[str]) -> Tensor:
+        """Scale per input feature, in a shape that multiplies the weight."""
+        scale = self.get_scale(adapter_names)
+        vector = scale.expand(self.geometry).reshape(-1)
+        # Conv1D keeps its weight as (in_features, out_features).
+        return vector.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else vector
+
+    def _snapshot(self) -> tuple[nn.Module, Any]:
+        """What merging replaces: nothing is written in place, so holding the old objects is a full copy."""
+        base = self.get_base_layer()
+        return base, base.weight.data if self.quantization_backend is None else getattr(base, "weight", None)
+
+    def _restore(self, snapshot: tuple[nn.Module, Any]) -> None:
+        base, weight = snapshot
+        if self.quantization_backend is None:
+            base.weight.data = weight.to(base.weight)
+            return
+        self.base_layer = base
+        if weight is not None:
+            base.weight = weight
+
+    def __repr__(self) -> str:
+        return "seal." + super().__repr__()

@@ -1,0 +1,155 @@
+"""SealModel: finds the attention output projections of a model and wraps them."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import SealConfig
+from .geometry import TARGET_MODULES, HeadGeometry, default_target_modules, head_geometry
+from .layer import Linear, SealLayer
+
+
+class SealModel(BaseTuner):
+    """A model whose attention heads carry learned scales.
+
+    Example:
+        ```python
+        import seal_peft
+        from peft import get_peft_model
+
+        model = get_peft_model(base_model, seal_peft.SealConfig(granularity="channel"))
+        model.print_trainable_parameters()
+        ```
+    """
+
+    prefix: str = "seal_"
+    tuner_layer_cls = SealLayer
+    target_module_mapping = TARGET_MODULES
+
+    def _prepare_adapter_config(self, peft_config: SealConfig, model_config: dict) -> SealConfig:
+        if peft_config.target_modules is None:
+            names = default_target_modules(self.model, model_config)
+            full_names = names <= {name for name, _ in self.model.named_modules()}
+            if full_names and peft_config.layers_to_transform is not None:
+                # PEFT takes full names, which parts of a larger model get, without asking which layers are wanted.
+                by_layer = copy.copy(peft_config)
+                by_layer.target_modules = {name.partition(".")[2] for name in names}
+                names = {name for name in names if check_target_module_exists(by_layer, name)}
+                if not names:
+                    raise ValueError(f"No attention layer has one of the indices {peft_config.layers_to_transform}.")
+            peft_config.target_modules = names
+        return peft_config
+
+    def _prepare_model(self, peft_config: SealConfig, model: nn.Module) -> None:
+        """Check every target before the first one is wrapped, so that an error leaves the model as it was."""
+        inside: tuple[str, ...] = ()
+        found: list[list[int]] = []
+        for name, module in model.named_modules():
+            if inside and name.startswith(inside):
+                continue
+            if isinstance(module, BaseTunerLayer):
+                inside += (name + ".",)
+            if self._check_target_module_exists(peft_config, name):
+                _check_supported(module, name)
+                found.append(list(self._geometry(peft_config, model, module, name)))
+        expected = peft_config._expected_heads
+        if found and expected is not None and found != [list(pair) for pair in expected]:
+            raise ValueError(
+                f"This adapter was trained on {_describe(expected)}, but the base model has {_describe(found)}. Load "
+                "it on the model it was trained on"
+                + (f": {peft_config.base_model_name_or_path}." if peft_config.base_model_name_or_path else ".")
+            )
+        peft_config.heads = found
+
+    def _geometry(self, config: SealConfig, model: nn.Module, target: nn.Module, name: str) -> HeadGeometry:
+        if isinstance(target, SealLayer):
+            return target.geometry
+        parent = model.get_submodule(name.rpartition(".")[0])
+        return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim)
+
+    def _create_and_replace(
+        self,
+        peft_config: SealConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        if isinstance(target, SealLayer):
+            target.update_layer(adapter_name, peft_config)
+            return
+        geometry = self._geometry(peft_config, self.model, target, current_key)
+        kwargs = get_quantization_kwargs(self.model)
+        new_module = Linear(target, adapter_name, peft_config, geometry, **kwargs)
+        if adapter_name not in self.active_adapters:
+            # An additional adapter is not trainable until it is activated.
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Offsets are fp32 from the start; give them the dtype of the base only to those who ask for it."""
+        if autocast_adapter_dtype:
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=True)
+            return
+        for layer in self.modules():
+            if isinstance(layer, SealLayer) and adapter_name in layer.seal_delta:
+                dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
+                if dtype is not None and dtype.is_floating_point:
+                    layer.seal_delta[adapter_name].to(dtype)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: SealConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Map saved keys to the model's, refusing values and shapes that would give wrong logits.
+
+        Raises:
+            ValueError: A saved scale is not finite, or has another shape than the layer it belongs to.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        own = {name: param for name, param in model.named_parameters() if f".{cls.prefix}" in name}
+        for name, value in remapped.items():
+            if name not in own and f"base_model.model.{name}" in own:
+                name = f"base_model.model.{name}"
+            if name not in own:
+                continue
+            if value.shape != own[name].shape:
+                raise ValueError(
+                    f"The adapter's scales for {name} have shape {tuple(value.shape)}, but the base model needs "
+                    f"{tuple(own[name].shape)} (heads, or heads x head_dim). Load the adapter on the model that it "
+                    "was trained on, with the granularity that it was trained with."
+                )
+            if not torch.isfinite(value).all():
+                raise ValueError(
+                    f"The adapter holds NaN or infinite scales ({name}). Its file is broken or its training "
+                    "diverged; do not use it."
+                )
+        return remapped
+
+
+def _describe(heads: list[list[int]]) -> str:
+    """Say how many attention layers there are of each number of heads and head size."""
+    kinds = Counter((num_heads, head_dim) for num_heads, head_dim in heads)
+    return " and ".join(f"{n} attention layers with (num_heads, head_dim) = {kind}" for kind, n in kinds.items())
+
+
+def _check_supported(module: nn.Module, name: str) -> None:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(
+        base, get_apply_tensor_subclass=lambda: None
+    ):
+        return
+    raise TypeError(
+        f"{name} is a {type(base).__name__}; SEAL can wrap torch.nn.Linear, transformers' Conv1D and the quantised "
+        "linear layers that PEFT supports. Name the attention output projections in `target_modules`, or leave this "
+        "module out with `exclude_modules`."
+    )
