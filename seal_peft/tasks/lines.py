@@ -1,0 +1,146 @@
+"""Line retrieval, the task of LongEval: find one numbered line in a long register of lines like it.
+
+Every line has LongEval's form, `line KEY: REGISTER_CONTENT is <N>`, with an adjective-noun key and N in 1..50000; the
+sentences around the lines are our own. What LongEval lacks is here: a seed, the asked line at a chosen depth, distinct
+keys at any size, disjoint keys for training and testing, and several questions about one register.
+"""
+
+from __future__ import annotations
+
+import zlib
+from functools import cache
+from random import Random
+
+from wonderwords import RandomWord
+
+from . import SPLITS, Sample
+
+NAME = "lines"
+MAX_VALUE = 50_000
+
+_HEADER = (
+    "Here is a register, one entry per line. Each entry starts with the name of its line and ends with a number, the "
+    "<REGISTER_CONTENT> of that line. Keep every name together with its number: after the last entry you will be "
+    "asked about some of them."
+)
+_FIRST_QUESTION = "The register ends here. Which number is the <REGISTER_CONTENT> in line {key}? Give the number."
+_NEXT_QUESTION = "And the <REGISTER_CONTENT> in line {key}?"
+_ANSWER = "The <REGISTER_CONTENT> in line {key} is {value}."
+
+
+def make(*, seed: int, size: int, depth: float, split: str = "test", questions: int = 1) -> Sample:
+    """Build one register with its questions.
+
+    With one seed, the register of `size + 1` lines is the register of `size` lines and one more, so that the number of
+    tokens grows with `size`. All keys differ. The numbers of a register differ as well, up to 50,000 lines: a right
+    number cannot come from a wrong line.
+
+    Args:
+        seed: Decides keys, numbers and which other lines are asked.
+        size: Number of lines.
+        depth: Place of the line asked last, from 0.0 (first line) to 1.0 (last line).
+        split: `"train"` or `"test"`; no key of one ever occurs in the other.
+        questions: Number K of different lines asked, one a turn; the first K - 1 are answered in `messages`.
+
+    Returns:
+        The sample, with `id` and `length` still to be set by the one who fits it to a length in tokens.
+
+    Raises:
+        ValueError: If an argument is out of range.
+    """
+    if questions < 1:
+        raise ValueError(f"questions={questions} was given, but a register is asked about at least 1 line.")
+    if size < questions:
+        raise ValueError(
+            f"size={size} lines cannot answer questions={questions}: each question asks another line. "
+            f"Use a size of at least {questions}, or fewer questions."
+        )
+    if not 0.0 <= depth <= 1.0:
+        raise ValueError(f"depth={depth} was given; use a number from 0.0 (first line) to 1.0 (last line).")
+
+    entries = _entries(seed, size, split)
+    asked = _asked_lines(Random(f"{NAME}/questions/{seed}"), size, round(depth * (size - 1)), questions)
+
+    register = "\n".join(f"line {key}: REGISTER_CONTENT is <{value}>" for key, value in entries)
+    first_key, _ = entries[asked[0]]
+    content = f"{_HEADER}\n\n{register}\n\n{_FIRST_QUESTION.format(key=first_key)}"
+    messages = [{"role": "user", "content": content}]
+    for before, now in zip(asked, asked[1:], strict=False):
+        messages.append({"role": "assistant", "content": _answer(*entries[before])})
+        messages.append({"role": "user", "content": _NEXT_QUESTION.format(key=entries[now][0])})
+
+    key, value = entries[asked[-1]]
+    return Sample(
+        id=f"{NAME}-{split}-{seed}",
+        task=NAME,
+        length=0,
+        depth=depth,
+        messages=messages,
+        target=_answer(key, value),
+        answers=[str(value)],
+        seed=seed,
+        meta={"size": size, "split": split, "questions": questions},
+    )
+
+
+def _answer(key: str, value: int) -> str:
+    return _ANSWER.format(key=key, value=value)
+
+
+def _asked_lines(rng: Random, size: int, target: int, questions: int) -> list[int]:
+    """Indices of the asked lines in the order of asking; the last one is `target`, the others are spread at random."""
+    others: list[int] = []
+    while len(others) < questions - 1:
+        # Places are drawn as fractions: the same seed asks about the same regions at every size.
+        line = int(rng.random() * size)
+        while line == target or line in others:
+            line = (line + 1) % size
+        others.append(line)
+    return [*others, target]
+
+
+def _entries(seed: int, size: int, split: str) -> list[tuple[str, int]]:
+    """The first `size` entries (key, number) of the endless register that a seed stands for."""
+    adjectives, nouns = _words(split)
+    if size > len(adjectives) * len(nouns):
+        raise ValueError(
+            f"size={size} lines was given, but there are {len(adjectives) * len(nouns)} different keys for "
+            f"{split!r}. Use fewer lines."
+        )
+    rng = Random(f"{NAME}/entries/{seed}")
+    keys: set[str] = set()
+    values: set[int] = set()
+    entries = []
+    for _ in range(size):
+        key = _new_key(rng, adjectives, nouns)
+        while key in keys:
+            key = _new_key(rng, adjectives, nouns)
+        if len(values) == MAX_VALUE:
+            values.clear()
+        value = rng.randint(1, MAX_VALUE)
+        while value in values:
+            value = rng.randint(1, MAX_VALUE)
+        keys.add(key)
+        values.add(value)
+        entries.append((key, value))
+    return entries
+
+
+def _new_key(rng: Random, adjectives: tuple[str, ...], nouns: tuple[str, ...]) -> str:
+    return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
+
+
+@cache
+def _words(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Adjectives, and the half of the nouns that belongs to a split.
+
+    A hash decides, not a shuffle, so that a noun stays on its side when the word list changes.
+    """
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} was given; use one of {', '.join(SPLITS)}.")
+    words = RandomWord()
+    # Plain lower-case words only: with an inner hyphen two different pairs could give one key.
+    adjectives = sorted(set(words.filter(include_categories=["adjective"], regex="[a-z]+")))
+    nouns = sorted(set(words.filter(include_categories=["noun"], regex="[a-z]+")))
+    side = SPLITS.index(split)
+    return tuple(adjectives), tuple(noun for noun in nouns if zlib.crc32(noun.encode()) % 2 == side)
