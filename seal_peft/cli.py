@@ -1,0 +1,191 @@
+"""The command line: `seal-peft <stage> [--config run.yaml] [--flags]`. It parses and calls, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from . import __version__
+from .demo import DemoArguments, demo
+from .evaluate import EvaluateArguments, evaluate
+from .make_data import MakeDataArguments, make_data
+from .merge import MergeArguments, merge
+from .report import ReportArguments, markdown_table, overall_rows, report
+from .train import RECIPES, SealTrainingArguments, TrainArguments, train
+
+OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One verb of the command line.
+
+    Attributes:
+        run: What it calls, with one object per dataclass.
+        arguments: Flat dataclasses whose fields are its flags.
+        help: One line.
+        example: A line to copy.
+    """
+
+    run: Callable[..., Any]
+    arguments: tuple[type, ...]
+    help: str
+    example: str
+
+
+STAGES = {
+    "demo": Stage(
+        demo,
+        (DemoArguments,),
+        "the whole path on a real model: data, base accuracy, training, adapter, merged model",
+        "seal-peft demo --output_dir runs/demo",
+    ),
+    "make-data": Stage(
+        make_data,
+        (MakeDataArguments,),
+        "generate training or test samples of a task",
+        "seal-peft make-data --model_name_or_path smollm2 --split train --lengths 1024 --num_samples 50 "
+        "--output_file runs/my/train.jsonl",
+    ),
+    "train": Stage(
+        train,
+        (TrainArguments, SealTrainingArguments),
+        "train an adapter on samples with the HF Trainer",
+        "seal-peft train --model_name_or_path smollm2 --train_file runs/my/train.jsonl --output_dir runs/my/adapter",
+    ),
+    "evaluate": Stage(
+        evaluate,
+        (EvaluateArguments,),
+        "answer the same prompts with the base model and adapters, and score them",
+        "seal-peft evaluate --model_name_or_path smollm2 --adapters runs/my/adapter --test_file runs/my/test.jsonl "
+        "--output_dir runs/my/eval",
+    ),
+    "report": Stage(
+        report,
+        (ReportArguments,),
+        "tables and pictures from result files",
+        "seal-peft report --metrics_file runs/my/eval/metrics.json --adapter runs/my/adapter --output_dir runs/my",
+    ),
+    "merge": Stage(
+        merge,
+        (MergeArguments,),
+        "fold an adapter into its base model, for serving without this package",
+        "seal-peft merge --adapter_name_or_path runs/my/adapter --output_dir runs/my/merged",
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one stage.
+
+    Args:
+        argv: The words after the program's name; `None` takes them from the shell.
+
+    Returns:
+        0 done, 1 the job failed, 2 wrong usage, 130 interrupted.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    top = _top_parser()
+    if not argv or argv[0] not in STAGES:
+        top.parse_args(argv)  # --help and --version end here; anything else is an error that lists the stages
+        top.print_help()
+        return WRONG_USAGE
+    stage = STAGES[argv[0]]
+    parser = _stage_parser(argv[0], stage)
+    try:
+        arguments = parse_stage(parser, argv[1:])
+    except (ValueError, TypeError) as error:
+        parser.error(str(error))
+    try:
+        result = stage.run(*arguments)
+    except KeyboardInterrupt:
+        logging.getLogger(__name__).warning("Interrupted. Start the same command again to go on from here.")
+        return INTERRUPTED
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        # Errors with something to tell the user; a traceback would bury it. Others are bugs and keep theirs.
+        sys.stderr.write(f"seal-peft {argv[0]}: error: {error}\n")
+        return FAILED
+    _show(result)
+    return OK
+
+
+def parse_stage(parser: HfArgumentParser, argv: list[str]) -> tuple[Any, ...]:
+    """Turn flags, the YAML file of `--config` and the recipe into dataclasses; flags win over file over recipe.
+
+    Args:
+        parser: The parser of one stage.
+        argv: The words after the stage's name.
+
+    Raises:
+        ValueError: The file is not a flat mapping of known flags, or the recipe is not known.
+    """
+    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    config_parser.add_argument("--config")
+    config_parser.add_argument("--recipe")
+    early, _ = config_parser.parse_known_args(argv)
+    actions = {action.dest: action for action in parser._actions}
+    values = _read_yaml(early.config, known=set(actions) - {"help", "config"}) if early.config else {}
+    if "recipe" in actions:
+        recipe = early.recipe or values.get("recipe") or actions["recipe"].default
+        if recipe not in RECIPES:
+            raise ValueError(f"There is no recipe {recipe!r}. Known recipes: {', '.join(RECIPES)}.")
+        values = {**RECIPES[recipe], **values}
+    for name in values:
+        actions[name].required = False
+    parser.set_defaults(**values)
+    namespace = parser.parse_args(argv)
+    return tuple(
+        kind(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init})
+        for kind in parser.dataclass_types
+    )
+
+
+def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"--config {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path} must hold `flag: value` lines, not a {type(values).__name__}.")
+    if unknown := sorted(set(map(str, values)) - known):
+        raise ValueError(f"--config {path} names unknown flags: {', '.join(unknown)}. See --help for the known ones.")
+    return values
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    stages = "\n".join(f"  {name:<10} {stage.help}" for name, stage in STAGES.items())
+    parser = argparse.ArgumentParser(
+        prog="seal-peft",
+        usage=f"{STAGES['demo'].example}",
+        description=f"SEAL: learn how strongly each attention head counts.\n\nstages:\n{stages}\n\n"
+        "`seal-peft STAGE --help` shows the flags of a stage.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    parser.add_argument("stage", choices=list(STAGES), metavar="STAGE", help="one of the stages above")
+    return parser
+
+
+def _stage_parser(name: str, stage: Stage) -> HfArgumentParser:
+    parser = HfArgumentParser(
+        stage.arguments, prog=f"seal-peft {name}", usage=stage.example, description=stage.help, allow_abbrev=False
+    )
+    parser.add_argument("--config", help="YAML file with `flag: value` lines; flags on the command line win.")
+    return parser
+
+
+def _show(result: Any) -> None:
+    """Print what a stage made: a table of accuracies, or the path that was written."""
+    if isinstance(result, dict) and "systems" in result:
+        sys.stdout.write(markdown_table(overall_rows(result)) + "\n")
+    elif result is not None:
+        sys.stdout.write(f"{result}\n")

@@ -1,0 +1,58 @@
+"""Generate samples of a task for training or testing.
+
+seal-peft make-data --task lines --model_name_or_path smollm2 --split train --lengths 1024 --num_samples 50
+--questions_per_context 8 --output_file train.jsonl
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .data import check_window, make_samples, write_samples
+from .loading import load_config, load_tokenizer
+from .tasks import TASKS
+
+
+@dataclass
+class MakeDataArguments:
+    """Which samples to generate."""
+
+    model_name_or_path: str = field(metadata={"help": "Model whose tokenizer and window the samples are fitted to."})
+    output_file: str = field(metadata={"help": "JSONL file to write."})
+    task: str = field(default="lines", metadata={"help": f"One of: {', '.join(sorted(TASKS))}."})
+    split: str = field(default="train", metadata={"help": "train or test; the two share no keys or values."})
+    lengths: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Lengths in tokens."})
+    num_samples: int = field(default=50, metadata={"help": "Samples per length."})
+    depths: list[float] | None = field(
+        default=None, metadata={"help": "Depths of the asked fact, 0.0 to 1.0. Default: a random one per sample."}
+    )
+    questions_per_context: int = field(default=1, metadata={"help": "Questions that share one context (training)."})
+    seed: int = field(default=0, metadata={"help": "Same seed, same bytes."})
+
+
+def make_data(arguments: MakeDataArguments) -> Path:
+    """Write one JSONL file of samples.
+
+    Args:
+        arguments: See `MakeDataArguments`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: A task, split, length, depth or number is not allowed.
+    """
+    check_window(load_config(arguments.model_name_or_path), max(arguments.lengths, default=1))
+    samples = make_samples(
+        arguments.task,
+        tokenizer=load_tokenizer(arguments.model_name_or_path),
+        split=arguments.split,
+        lengths=arguments.lengths,
+        num_samples=arguments.num_samples,
+        depths=arguments.depths,
+        questions_per_context=arguments.questions_per_context,
+        seed=arguments.seed,
+    )
+    write_samples(arguments.output_file, samples)
+    return Path(arguments.output_file)

@@ -1,0 +1,58 @@
+"""Fold an adapter into its base model, for serving without this package.
+
+seal-peft merge --adapter_name_or_path runs/demo/adapter --output_dir runs/demo/merged
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .loading import base_of_adapter, load_adapter, load_model, load_tokenizer
+
+
+@dataclass
+class MergeArguments:
+    """Which adapter to merge, and where to put the plain model."""
+
+    adapter_name_or_path: str = field(metadata={"help": "Adapter folder or Hub id."})
+    output_dir: str = field(metadata={"help": "Folder for the merged model; must not exist yet."})
+    model_name_or_path: str | None = field(
+        default=None, metadata={"help": "Base model. Default: the one that the adapter names."}
+    )
+    dtype: str = field(default="auto", metadata={"help": "auto (bfloat16 where the hardware has it) or a dtype name."})
+
+
+def merge(arguments: MergeArguments) -> Path:
+    """Write a plain checkpoint with the scales folded into the attention output projections.
+
+    The folder appears by one rename, so that a crash never leaves half a model under its name.
+
+    Args:
+        arguments: See `MergeArguments`.
+
+    Returns:
+        The folder of the merged model.
+
+    Raises:
+        ValueError: The output folder exists already, or the adapter is broken.
+    """
+    target = Path(arguments.output_dir)
+    if target.exists():
+        raise ValueError(f"{target} exists already. Remove it or choose another --output_dir.")
+    base = arguments.model_name_or_path or base_of_adapter(arguments.adapter_name_or_path)
+    model = load_adapter(load_model(base, arguments.dtype), arguments.adapter_name_or_path)
+    merged = model.merge_and_unload(safe_merge=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        merged.save_pretrained(temporary)
+        load_tokenizer(base).save_pretrained(temporary)
+        temporary.chmod(0o755)
+        os.rename(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return target
