@@ -232,6 +232,13 @@ def test_naming_the_projection_and_one_number_makes_a_custom_model_work(numbers)
     assert_close(wrapped(x), by_hand(x), rtol=0, atol=1e-6)
 
 
+def test_the_value_head_size_counts_where_keys_have_another():
+    model = CustomModel()
+    model.attention.num_heads, model.attention.head_dim, model.attention.v_head_dim = 3, 4, 8
+    layers = seal_layers(get_peft_model(model, SealConfig(target_modules=["mix"])))
+    assert tuple(layers["attention.mix"].geometry) == (3, 8)
+
+
 @pytest.mark.parametrize(
     "numbers", [{"num_attention_heads": 5}, {"head_dim": 7}, {"num_attention_heads": 4, "head_dim": 8}]
 )

@@ -271,6 +271,21 @@ def test_adding_an_adapter_changes_neither_the_logits_nor_what_trains(two):
     assert not any(offset.requires_grad for offset in offsets(two, "other"))
 
 
+def test_an_adapter_on_other_layers_trains_only_once_it_is_active():
+    model = adapted("llama", layers_to_transform=[0])
+    model.add_adapter("other", SealConfig(layers_to_transform=[1]))
+    first, second = seal_layers(model).values()
+    assert first.seal_delta["default"].weight.requires_grad
+    assert not second.seal_delta["other"].weight.requires_grad
+    with torch.no_grad():
+        second.seal_delta["other"].weight.fill_(0.5)
+    assert torch.equal(logits(model), logits(adapted("llama", layers_to_transform=[0])))
+    model.set_adapter("other")
+    assert second.seal_delta["other"].weight.requires_grad
+    assert not first.seal_delta["default"].weight.requires_grad
+    assert not torch.equal(logits(model), logits(base_model("llama")))
+
+
 def test_switching_adapters_switches_the_logits_and_what_trains(two):
     two.set_adapter("other")
     assert torch.equal(logits(two), logits(adapted("llama", "channel", seed=2)))
