@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
 from .geometry import HeadGeometry
-from .scale import scale_heads
+from .scale import scale_heads, scale_rows
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
 _RANDOM_INIT_STD = 0.1
@@ -44,6 +44,7 @@ class SealLayer(BaseTunerLayer):
         geometry: How the input of the base layer splits into heads.
         seal_delta: One `ScaleOffset` per adapter.
         seal_alpha: Strength of each adapter, 1.0 unless changed.
+        row_scale: Within `scaled_rows`, the scale of every row of the batch.
     """
 
     adapter_layer_names: tuple[str, ...] = ("seal_delta",)
@@ -56,6 +57,7 @@ class SealLayer(BaseTunerLayer):
         self.seal_alpha: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.row_scale: Tensor | None = None
         self._cached_scale: tuple[Any, list[Tensor], Tensor] | None = None
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
@@ -111,10 +113,13 @@ class Linear(nn.Module, SealLayer):
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Scale the heads in `x`, shape `(..., num_heads * head_dim)`, and apply the base layer."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        if self.row_scale is not None:
+            return self.base_layer(scale_rows(x, self.row_scale), *args, **kwargs)
         scale = self._active_scale()
         return self.base_layer(x if scale is None else scale_heads(x, scale), *args, **kwargs)
 

@@ -22,13 +22,35 @@ def scale_heads(x: Tensor, scale: Tensor) -> Tensor:
         A tensor like `x`.
     """
     heads = x.unflatten(-1, (scale.shape[-2], -1))
+    if torch.compiler.is_compiling():
+        # The compiler fuses cast and product, and chooses what to save, better than an opaque function lets it.
+        return (heads * scale).to(x.dtype).flatten(-2)
     return _ScaleHeads.apply(heads, scale).flatten(-2)
+
+
+def scale_rows(x: Tensor, row_scale: Tensor) -> Tensor:
+    """Multiply the heads of every row of a batch by the row's own scale, keeping the dtype of `x`.
+
+    Args:
+        x: Concatenated heads, shape `(batch, tokens, num_heads * head_dim)`.
+        row_scale: Shape `(batch, num_heads, 1)` or `(batch, num_heads, head_dim)`, fp32.
+
+    Raises:
+        ValueError: The batch has another number of rows than adapter names were given.
+    """
+    if x.shape[0] != row_scale.shape[0]:
+        raise ValueError(
+            f"Length of `adapter_names` should be the same as the number of inputs, but got {row_scale.shape[0]} and "
+            f"{x.shape[0]} respectively."
+        )
+    scale = row_scale.unsqueeze(1)
+    return (x.unflatten(-1, (scale.shape[-2], -1)) * scale).to(x.dtype).flatten(-2)
 
 
 def _product(x: Tensor, scale: Tensor) -> Tensor:
     """Product in the wider dtype of the two, rounded once to the dtype of `x`."""
-    if x.dtype == scale.dtype or torch.compiler.is_compiling():
-        return (x * scale).to(x.dtype)
+    if x.dtype == scale.dtype:
+        return x * scale
     # Writing straight into the narrow output spares a wide copy of the whole activation.
     return torch.mul(x, scale, out=torch.empty_like(x))
 
