@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
 from .geometry import HeadGeometry
-from .scale import scale_heads, scale_rows
+from .scale import scale_channels, scale_rows
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
 _RANDOM_INIT_STD = 0.1
@@ -120,28 +120,31 @@ class Linear(nn.Module, SealLayer):
             return self.base_layer(x, *args, **kwargs)
         if self.row_scale is not None:
             return self.base_layer(scale_rows(x, self.row_scale), *args, **kwargs)
-        scale = self._active_scale()
-        return self.base_layer(x if scale is None else scale_heads(x, scale), *args, **kwargs)
-
-    def _active_scale(self) -> Tensor | None:
-        """Product of the active scales that are not folded into the weight yet; kept between calls in inference."""
         names = [n for n in self.active_adapters if n in self.seal_delta and n not in self.merged_adapters]
-        if not names:
-            return None
-        weights = [self.seal_delta[name].weight for name in names]
-        trainable = any(w.requires_grad for w in weights)
-        if trainable:
-            # Fused optimizers write to weights without counting versions.
-            self._cached_scale = None
-        if trainable or torch.compiler.is_compiling() or any(w.is_inference() for w in weights):
-            return self.get_scale(names)
+        if names:
+            weights = [self.seal_delta[name].weight for name in names]
+            if torch.compiler.is_compiling() or any(w.requires_grad or w.is_inference() for w in weights):
+                # Fused optimizers write to weights without counting versions, so nothing may outlive a training step.
+                self._cached_scale = None
+                scale = self._per_channel(names)
+            else:
+                scale = self._frozen_scale(names, weights)
+            x = scale_channels(x, scale)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _per_channel(self, adapter_names: list[str]) -> Tensor:
+        """Product of the adapters' scales for each input feature, fp32, shape `(num_heads * head_dim,)`."""
+        return self.get_scale(adapter_names).expand(self.geometry).reshape(-1)
+
+    def _frozen_scale(self, names: list[str], weights: list[Tensor]) -> Tensor:
+        """The same, kept between calls as long as nothing it depends on changes."""
         # `_version` counts in-place writes and `data_ptr` sees moves and replaced tensors; holding on to the tensors
         # keeps a new one from getting the address of an old one.
-        key = [(n, w.data_ptr(), w._version, w.dtype, self.seal_alpha[n]) for n, w in zip(names, weights, strict=True)]
+        key = [(n, w.data_ptr(), w._version, self.seal_alpha[n]) for n, w in zip(names, weights, strict=True)]
         if self._cached_scale is None or self._cached_scale[0] != key:
             # A tensor made in inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False):
-                self._cached_scale = (key, [w.detach() for w in weights], self.get_scale(names))
+                self._cached_scale = (key, [w.detach() for w in weights], self._per_channel(names))
         return self._cached_scale[2]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -170,7 +173,10 @@ class Linear(nn.Module, SealLayer):
         self._restore(original)
         with torch.no_grad():
             weight = self.get_base_weight()
-            merged = (weight * self._per_input(self.merged_adapters + names)).to(weight.dtype)
+            scale = self._per_channel(self.merged_adapters + names)
+            # Conv1D keeps its weight as (in_features, out_features).
+            scale = scale.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else scale
+            merged = (weight * scale).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             self._restore(before)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
@@ -186,13 +192,6 @@ class Linear(nn.Module, SealLayer):
         self._restore(self._original)
         self._original = None
         self.merged_adapters.clear()
-
-    def _per_input(self, adapter_names: list[str]) -> Tensor:
-        """Scale per input feature, in a shape that multiplies the weight."""
-        scale = self.get_scale(adapter_names)
-        vector = scale.expand(self.geometry).reshape(-1)
-        # Conv1D keeps its weight as (in_features, out_features).
-        return vector.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else vector
 
     def _snapshot(self) -> tuple[nn.Module, Any]:
         """What merging replaces: nothing is written in place, so holding the old objects is a full copy."""
