@@ -286,6 +286,8 @@ def draw_scales(model: nn.Module, adapter_name: str = "default", seed: int = 1) 
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for layer in seal_layers(model).values():
+            if adapter_name not in layer.seal_delta:
+                continue
             weight = layer.seal_delta[adapter_name].weight
             weight.copy_(torch.rand(weight.shape, generator=generator) * 1.6 - 0.8)
 

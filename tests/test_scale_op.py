@@ -7,11 +7,17 @@ from torch.testing import assert_close
 
 from models import INPUT_IDS, adapted, base_model, logits, seal_layers
 from seal_peft import SealConfig
-from seal_peft.tuner.scale import scale_heads
+from seal_peft.tuner.kernels import fits_kernel
+from seal_peft.tuner.scale import scale_channels
 
 HEADS, HEAD_DIM = 3, 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = pytest.mark.parametrize("shape", [(HEADS, 1), (HEADS, HEAD_DIM)], ids=["head", "channel"])
+
+
+def scale_heads(x, scale):
+    """The operation as the layer calls it: one scale per head is spread over the head's channels first."""
+    return scale_channels(x, scale.expand(HEADS, HEAD_DIM).reshape(-1))
 
 
 def inputs(shape, dtype, tokens=(2, 7)):
@@ -93,10 +99,8 @@ def test_backward_saves_only_the_input_and_the_scale(shape, dtype):
     ):
         scale_heads(x, scale)
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in saved}
-    assert storages == {
-        x.untyped_storage().data_ptr(): x.numel() * x.element_size(),
-        scale.untyped_storage().data_ptr(): scale.numel() * 4,
-    }
+    assert storages.pop(x.untyped_storage().data_ptr()) == x.numel() * x.element_size()
+    assert list(storages.values()) == [HEADS * HEAD_DIM * 4]
 
 
 def test_small_steps_add_up_on_a_bf16_model():
@@ -125,3 +129,19 @@ def test_half_precision_training_points_where_fp32_points(granularity, dtype):
 
     exact, rough = gradients(torch.float32), gradients(dtype).float()
     assert (rough - exact).norm() <= 0.05 * exact.norm()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "features"), [(4099, 576), (2048, 4096), (513, 1000)])
+def test_the_gpu_kernels_equal_the_plain_code(dtype, tokens, features):
+    x = torch.randn(1, tokens, features, device="cuda", dtype=dtype, requires_grad=True)
+    scale = (1 + torch.randn(features, device="cuda")).requires_grad_()
+    grad = torch.randn_like(x)
+    assert fits_kernel(x)
+    out = scale_channels(x, scale)
+    out.backward(grad)
+    assert torch.equal(out, (x.detach() * scale.detach()).to(dtype))
+    assert torch.equal(x.grad, (grad * scale.detach()).to(dtype))
+    exact = (x.detach().double() * grad.double()).sum((0, 1))
+    assert_close(scale.grad.double(), exact, atol=1e-2, rtol=1e-4)

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
 from .geometry import HeadGeometry
-from .scale import scale_heads
+from .scale import scale_channels, scale_rows
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
 _RANDOM_INIT_STD = 0.1
@@ -44,6 +44,7 @@ class SealLayer(BaseTunerLayer):
         geometry: How the input of the base layer splits into heads.
         seal_delta: One `ScaleOffset` per adapter.
         seal_alpha: Strength of each adapter, 1.0 unless changed.
+        row_scale: Within `scaled_rows`, the scale of every row of the batch.
     """
 
     adapter_layer_names: tuple[str, ...] = ("seal_delta",)
@@ -56,6 +57,7 @@ class SealLayer(BaseTunerLayer):
         self.seal_alpha: dict[str, float] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
+        self.row_scale: Tensor | None = None
         self._cached_scale: tuple[Any, list[Tensor], Tensor] | None = None
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
@@ -111,32 +113,38 @@ class Linear(nn.Module, SealLayer):
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Scale the heads in `x`, shape `(..., num_heads * head_dim)`, and apply the base layer."""
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        scale = self._active_scale()
-        return self.base_layer(x if scale is None else scale_heads(x, scale), *args, **kwargs)
-
-    def _active_scale(self) -> Tensor | None:
-        """Product of the active scales that are not folded into the weight yet; kept between calls in inference."""
+        if self.row_scale is not None:
+            return self.base_layer(scale_rows(x, self.row_scale), *args, **kwargs)
         names = [n for n in self.active_adapters if n in self.seal_delta and n not in self.merged_adapters]
-        if not names:
-            return None
-        weights = [self.seal_delta[name].weight for name in names]
-        trainable = any(w.requires_grad for w in weights)
-        if trainable:
-            # Fused optimizers write to weights without counting versions.
-            self._cached_scale = None
-        if trainable or torch.compiler.is_compiling() or any(w.is_inference() for w in weights):
-            return self.get_scale(names)
+        if names:
+            weights = [self.seal_delta[name].weight for name in names]
+            if torch.compiler.is_compiling() or any(w.requires_grad or w.is_inference() for w in weights):
+                # Fused optimizers write to weights without counting versions, so nothing may outlive a training step.
+                self._cached_scale = None
+                scale = self._per_channel(names)
+            else:
+                scale = self._frozen_scale(names, weights)
+            x = scale_channels(x, scale)
+        return self.base_layer(x, *args, **kwargs)
+
+    def _per_channel(self, adapter_names: list[str]) -> Tensor:
+        """Product of the adapters' scales for each input feature, fp32, shape `(num_heads * head_dim,)`."""
+        return self.get_scale(adapter_names).expand(self.geometry).reshape(-1)
+
+    def _frozen_scale(self, names: list[str], weights: list[Tensor]) -> Tensor:
+        """The same, kept between calls as long as nothing it depends on changes."""
         # `_version` counts in-place writes and `data_ptr` sees moves and replaced tensors; holding on to the tensors
         # keeps a new one from getting the address of an old one.
-        key = [(n, w.data_ptr(), w._version, w.dtype, self.seal_alpha[n]) for n, w in zip(names, weights, strict=True)]
+        key = [(n, w.data_ptr(), w._version, self.seal_alpha[n]) for n, w in zip(names, weights, strict=True)]
         if self._cached_scale is None or self._cached_scale[0] != key:
             # A tensor made in inference mode could not be saved for a later backward pass.
             with torch.inference_mode(False):
-                self._cached_scale = (key, [w.detach() for w in weights], self.get_scale(names))
+                self._cached_scale = (key, [w.detach() for w in weights], self._per_channel(names))
         return self._cached_scale[2]
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -165,7 +173,10 @@ class Linear(nn.Module, SealLayer):
         self._restore(original)
         with torch.no_grad():
             weight = self.get_base_weight()
-            merged = (weight * self._per_input(self.merged_adapters + names)).to(weight.dtype)
+            scale = self._per_channel(self.merged_adapters + names)
+            # Conv1D keeps its weight as (in_features, out_features).
+            scale = scale.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else scale
+            merged = (weight * scale).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             self._restore(before)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
@@ -181,13 +192,6 @@ class Linear(nn.Module, SealLayer):
         self._restore(self._original)
         self._original = None
         self.merged_adapters.clear()
-
-    def _per_input(self, adapter_names: list[str]) -> Tensor:
-        """Scale per input feature, in a shape that multiplies the weight."""
-        scale = self.get_scale(adapter_names)
-        vector = scale.expand(self.geometry).reshape(-1)
-        # Conv1D keeps its weight as (in_features, out_features).
-        return vector.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else vector
 
     def _snapshot(self) -> tuple[nn.Module, Any]:
         """What merging replaces: nothing is written in place, so holding the old objects is a full copy."""

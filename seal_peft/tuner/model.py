@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .adapters import write_weighted_sum
 from .config import SealConfig
 from .geometry import TARGET_MODULES, HeadGeometry, default_target_modules, head_geometry
 from .layer import Linear, SealLayer
+from .rows import scaled_rows
 
 
 class SealModel(BaseTuner):
@@ -105,6 +112,72 @@ class SealModel(BaseTuner):
                 dtype = layer._get_base_layer_device_and_dtype(layer.get_base_layer())[1]
                 if dtype is not None and dtype.is_floating_point:
                     layer.seal_delta[adapter_name].to(dtype)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT enters this around every forward and generate; it brings the `adapter_names` of mixed batches."""
+        adapter_names = kwargs.get("adapter_names")
+        if adapter_names is None:
+            yield
+            return
+        settings = kwargs.get("generation_config")
+        num_beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
+        with scaled_rows(self, adapter_names, num_beams):
+            yield
+
+    def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        """Add an adapter whose offsets are the weighted sum of others': `s - 1 = sum(w * (s_i - 1))`.
+
+        A weight may be negative. Layers that an adapter does not scale count as unchanged. The new adapter is per
+        channel if any of the others is; it is inactive and frozen until `set_adapter`.
+
+        Args:
+            adapters: Names of the adapters to combine.
+            weights: One finite weight per adapter.
+            adapter_name: Name of the new adapter.
+
+        Raises:
+            ValueError: A name is unknown or taken, weights are missing or not finite, or two adapters train whole
+                modules of the same name, which cannot be summed.
+        """
+        self._check_weighted(adapters, weights, adapter_name)
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, SealLayer) and any(adapter in layer.seal_delta for adapter in adapters)
+        }
+        granularities = {self.peft_config[adapter].granularity for adapter in adapters}
+        self.peft_config[adapter_name] = replace(
+            self.peft_config[adapters[0]],
+            granularity="channel" if "channel" in granularities else "head",
+            target_modules=[name.removesuffix(".base_layer") for name in layers],
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            heads=None,
+            init_weights=True,
+            inference_mode=True,
+        )
+        self.inject_adapter(self.model, adapter_name)
+        with torch.no_grad():
+            for layer in layers.values():
+                write_weighted_sum(layer, adapters, weights, adapter_name)
+
+    def _check_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There already is an adapter named {adapter_name!r}. Delete it or choose another name.")
+        if unknown := [name for name in adapters if name not in self.peft_config]:
+            raise ValueError(f"Unknown adapters {unknown}. The model has: {', '.join(self.peft_config)}.")
+        if not adapters or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
+            raise ValueError(
+                f"Give one finite weight per adapter; got {len(adapters)} adapters and weights={weights}."
+            )
+        for module in self.modules():
+            if (
+                isinstance(module, ModulesToSaveWrapper)
+                and sum(name in module.modules_to_save for name in adapters) > 1
+            ):
+                raise ValueError("Cannot combine adapters that train the same module in full (`modules_to_save`).")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

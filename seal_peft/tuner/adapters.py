@@ -1,0 +1,109 @@
+"""Adapters as things to adjust and combine: strength, weighted sums, and swapping one for another in place."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+
+import torch
+from peft import PeftConfig
+from peft.utils import load_peft_weights
+from torch import nn
+
+from .layer import SealLayer
+
+
+def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") -> None:
+    """Set how strongly an adapter acts: its scales become `1 + alpha * (s - 1)`.
+
+    1 is the adapter as trained, 0 the base model, values between interpolate, values above extrapolate. The strength
+    is a setting of the model in memory and is not saved; `add_weighted_adapter` makes an adapter that keeps it.
+
+    Args:
+        model: A model that carries the adapter.
+        alpha: The strength, any finite number.
+        adapter_name: Which adapter.
+
+    Raises:
+        ValueError: The model has no such adapter, it is merged, or `alpha` is not finite.
+    """
+    if not math.isfinite(alpha):
+        raise ValueError(
+            f"alpha={alpha} is not allowed. Use a finite number: 1 is the adapter as trained, 0 the base."
+        )
+    for layer in _unmerged_layers(model, adapter_name):
+        layer.seal_alpha[adapter_name] = float(alpha)
+
+
+def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_name: str = "default") -> None:
+    """Replace the scales of an adapter by those of a saved one, in place and without recompilation.
+
+    Layers that the saved adapter does not hold become the identity. Everything is checked before anything changes.
+
+    Args:
+        model: A model that carries an adapter of this name, compiled or not.
+        model_id: Folder or Hub id of the adapter to swap in.
+        adapter_name: Which adapter of the model to overwrite.
+
+    Raises:
+        ValueError: The files do not fit: another method or granularity, layers that the model's adapter lacks, or
+            values that are not finite; or the adapter is merged.
+    """
+    layers = {_plain(name): layer for name, layer in _named_layers(model, adapter_name).items()}
+    _unmerged_layers(model, adapter_name)
+    config = PeftConfig.from_pretrained(str(model_id))
+    if config.peft_type != "SEAL":
+        raise ValueError(f"{model_id} is an adapter of type {config.peft_type}, so it cannot replace a SEAL adapter.")
+    saved = {
+        _plain(key.removesuffix(".seal_delta.weight")): value
+        for key, value in load_peft_weights(str(model_id), device="cpu").items()
+    }
+    if unknown := sorted(set(saved) - set(layers)):
+        raise ValueError(
+            f"{model_id} scales layers that adapter {adapter_name!r} of this model does not have: {unknown[:3]}. "
+            "Create the adapter with the same target modules first, then swap."
+        )
+    for name, value in saved.items():
+        own = layers[name].seal_delta[adapter_name].weight
+        if value.shape != own.shape or not torch.isfinite(value).all():
+            raise ValueError(
+                f"{model_id} does not fit layer {name}: saved shape {tuple(value.shape)}, the model's "
+                f"{tuple(own.shape)}, finite values only. Heads, head_dim and granularity must be the same."
+            )
+    with torch.no_grad():
+        for name, layer in layers.items():
+            weight = layer.seal_delta[adapter_name].weight
+            weight.copy_(saved[name]) if name in saved else weight.zero_()
+
+
+def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+    """Write `sum(weight * offset)` over a layer's adapters into another one; one per head is spread over channels."""
+    target = layer.seal_delta[adapter_name].weight
+    total = torch.zeros_like(target)
+    for name, weight in zip(adapters, weights, strict=True):
+        if name in layer.seal_delta:
+            offset = layer.seal_delta[name].weight
+            total += weight * (offset if offset.dim() == target.dim() else offset.unsqueeze(-1))
+    target.copy_(total)
+
+
+def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
+    named = {name: module for name, module in model.named_modules() if isinstance(module, SealLayer)}
+    layers = {name: layer for name, layer in named.items() if adapter_name in layer.seal_delta}
+    if not layers:
+        known = sorted({key for layer in named.values() for key in layer.seal_delta})
+        raise ValueError(f"The model holds no SEAL adapter named {adapter_name!r}. It holds: {known or 'none'}.")
+    return layers
+
+
+def _unmerged_layers(model: nn.Module, adapter_name: str) -> list[SealLayer]:
+    layers = list(_named_layers(model, adapter_name).values())
+    if any(adapter_name in layer.merged_adapters for layer in layers):
+        raise ValueError(f"Adapter {adapter_name!r} is merged into the weights. Call `unmerge_adapter` first.")
+    return layers
+
+
+def _plain(name: str) -> str:
+    """A layer's name without what PEFT and torch.compile put around it."""
+    return name.removeprefix("_orig_mod.").removeprefix("base_model.model.").removesuffix(".base_layer")
