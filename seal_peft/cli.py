@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import sys
 from collections.abc import Callable, Sequence
@@ -36,7 +37,7 @@ class Stage:
     """
 
     run: Callable[..., Any]
-    arguments: tuple[type, ...]
+    arguments: tuple[Any, ...]
     help: str
     example: str
 
@@ -92,7 +93,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         0 done, 1 the job failed, 2 wrong usage, 130 interrupted.
     """
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger(__package__).setLevel(logging.INFO)
     argv = list(sys.argv[1:] if argv is None else argv)
     top = _top_parser()
     if not argv or argv[0] not in STAGES:
@@ -104,15 +106,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments = parse_stage(parser, argv[1:])
     except (ValueError, TypeError) as error:
-        parser.error(str(error))
+        parser.error(_one_line(error))
     try:
         result = stage.run(*arguments)
     except KeyboardInterrupt:
-        logging.getLogger(__name__).warning("Interrupted. Start the same command again to go on from here.")
+        sys.stderr.write(f"seal-peft {argv[0]}: interrupted. Start the same command again to go on from here.\n")
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError) as error:
         # Errors with something to tell the user; a traceback would bury it. Others are bugs and keep theirs.
-        sys.stderr.write(f"seal-peft {argv[0]}: error: {error}\n")
+        sys.stderr.write(f"seal-peft {argv[0]}: error: {_one_line(error)}\n")
         return FAILED
     _show(result)
     return OK
@@ -128,20 +130,18 @@ def parse_stage(parser: HfArgumentParser, argv: list[str]) -> tuple[Any, ...]:
     Raises:
         ValueError: The file is not a flat mapping of known flags, or the recipe is not known.
     """
-    config_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    config_parser.add_argument("--config")
-    config_parser.add_argument("--recipe")
-    early, _ = config_parser.parse_known_args(argv)
-    actions = {action.dest: action for action in parser._actions}
-    values = _read_yaml(early.config, known=set(actions) - {"help", "config"}) if early.config else {}
-    if "recipe" in actions:
-        recipe = early.recipe or values.get("recipe") or actions["recipe"].default
-        if recipe not in RECIPES:
-            raise ValueError(f"There is no recipe {recipe!r}. Known recipes: {', '.join(RECIPES)}.")
-        values = {**RECIPES[recipe], **values}
-    for name in values:
-        actions[name].required = False
-    parser.set_defaults(**values)
+    early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early_parser.add_argument("--config")
+    early_parser.add_argument("--recipe", default=parser.get_default("recipe"))
+    early, _ = early_parser.parse_known_args(argv)
+    if early.config:
+        # The file's lines stand in front as flags: typed and checked like them, and the last word on a flag wins.
+        argv = [*_flags_of_file(early.config, parser), *argv]
+        early, _ = early_parser.parse_known_args(argv)
+    if early.recipe is not None:
+        if early.recipe not in RECIPES:
+            raise ValueError(f"There is no recipe {early.recipe!r}. Known recipes: {', '.join(RECIPES)}.")
+        parser.set_defaults(**RECIPES[early.recipe])
     namespace = parser.parse_args(argv)
     return tuple(
         kind(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init})
@@ -149,16 +149,29 @@ def parse_stage(parser: HfArgumentParser, argv: list[str]) -> tuple[Any, ...]:
     )
 
 
-def _read_yaml(path: str, known: set[str]) -> dict[str, Any]:
+def _flags_of_file(path: str, parser: HfArgumentParser) -> list[str]:
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-    except (OSError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold `flag: value` lines, not a {type(values).__name__}.")
+    known = {action.dest for action in parser._actions} - {"help", "config"}
     if unknown := sorted(set(map(str, values)) - known):
         raise ValueError(f"--config {path} names unknown flags: {', '.join(unknown)}. See --help for the known ones.")
-    return values
+    words: list[str] = []
+    for name, value in values.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif isinstance(value, dict):
+            words.append(f"--{name}={json.dumps(value)}")
+        elif value is not None:  # null leaves the default
+            words.append(f"--{name}={value}")
+    return words
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _top_parser() -> argparse.ArgumentParser:

@@ -1,24 +1,22 @@
-"""Between tasks and batches: samples of a length, JSONL files, tokens with labels on answers only, the collator."""
+"""Samples: made to fill a length in tokens, written and read as JSONL, checked against a model's window."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
+from .files import replacing
 from .fitting import fit_samples
 from .tasks import Sample, get_task
+from .tokens import encode_training
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
-
-IGNORED = -100
 
 
 def make_samples(
@@ -64,9 +62,6 @@ def make_samples(
     )
 
 
-# --- samples <-> JSONL ---------------------------------------------------------------------------------------------
-
-
 def write_samples(path: str | os.PathLike[str], samples: Iterable[Sample]) -> None:
     """Write samples as JSONL (UTF-8, one row a sample). The same samples give the same bytes.
 
@@ -76,16 +71,9 @@ def write_samples(path: str | os.PathLike[str], samples: Iterable[Sample]) -> No
         path: File to write; missing folders are made.
         samples: The rows, in order.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8", newline="\n") as file:
-            for sample in samples:
-                file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as file:
+        for sample in samples:
+            file.write(json.dumps(asdict(sample), ensure_ascii=False) + "\n")
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
@@ -116,150 +104,40 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     return samples
 
 
-# --- samples -> tokens ---------------------------------------------------------------------------------------------
+def window_of(model_config: PretrainedConfig) -> int | None:
+    """Return how many tokens a model's positions reach, RoPE scaling included; `None` where there is no such limit.
 
+    By the conventions of published models, `max_position_embeddings` is
 
-@dataclass(frozen=True)
-class _Piece:
-    """A stretch of the conversation that is tokenised on its own; `learned` where it is a model's turn to speak."""
-
-    text: str
-    learned: bool
-
-
-def encode_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens up to where the last answer starts: the chat template's generation prompt, or plain text for base models.
+    - the extended window under `llama3` scaling, and under `yarn` and `longrope`, unless it was left at (or near) the
+      original one, as Qwen's cards tell users to do: then original x factor is larger, and counts;
+    - the original window under `dynamic` scaling, whose formula starts to stretch there, and under `linear` scaling;
+    - the extended window again where each kind of layer has a scaling of its own, as in Gemma 3, whose full-attention
+      layers reached the published window by `linear`.
 
     Args:
-        sample: A sample with any number of questions.
-        tokenizer: The model's tokenizer. Without a chat template the turns stand as plain paragraphs.
-
-    Returns:
-        Token ids. `encode_training` begins with exactly these.
+        model_config: Configuration of the model; multimodal ones are asked for their text part.
     """
-    return _encode(_pieces(sample, tokenizer)[:-1], tokenizer)[0]
-
-
-def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
-    """Tokens of the whole conversation, with labels on what the model is to say.
-
-    Args:
-        sample: A sample with any number of questions.
-        tokenizer: The model's tokenizer.
-
-    Returns:
-        `input_ids` and `labels`, equally long, labels not shifted. Labels are -100 except on every assistant turn and
-        the end-of-turn token behind it.
-
-    Raises:
-        ValueError: If the sample has several questions and the chat template rewrites earlier turns.
-    """
-    input_ids, labels = _encode(_pieces(sample, tokenizer), tokenizer)
-    return {"input_ids": input_ids, "labels": labels}
-
-
-def _encode(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    input_ids: list[int] = []
-    labels: list[int] = []
-    before = ""
-    for piece in pieces:
-        if before:
-            ids = _continuation_ids(before, piece.text, tokenizer)
-        else:
-            # A chat template writes its own BOS. Plain text gets the one that the tokenizer gives by default.
-            ids = _ids(piece.text, tokenizer, special=tokenizer.chat_template is None)
-        input_ids += ids
-        labels += ids if piece.learned else [IGNORED] * len(ids)
-        before = piece.text
-    return input_ids, labels
-
-
-def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
-    # Not verbose: a text longer than the window is `check_window`'s business, not a warning a sample.
-    return list(tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"])
-
-
-def _continuation_ids(before: str, text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of `text` as they come after `before`, where the two do not melt into one token.
-
-    SentencePiece-style tokenizers put a space in front of every text. A few characters of what stands before keep
-    that from happening in the middle of a conversation.
-    """
-    anchor = before[-16:]
-    anchor_ids = _ids(anchor, tokenizer)
-    joint = _ids(anchor + text, tokenizer)
-    if joint[: len(anchor_ids)] == anchor_ids:
-        return joint[len(anchor_ids) :]
-    return _ids(text, tokenizer)
-
-
-def _pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
-    """Cut the conversation where speakers change: prompt, answer, prompt, ..., answer."""
-    turns = [*sample.messages, {"role": "assistant", "content": sample.target}]
-    ends = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if tokenizer.chat_template is None:
-        return _plain_pieces(turns, ends, tokenizer)
-
-    # Rendered up to each answer, then once with the last answer.
-    prompts = [_render(tokenizer, turns[:end], add_generation_prompt=True) for end in ends]
-    special = _special_tokens(tokenizer)
-    pieces = [_Piece(prompts[0], learned=False)]
-    for end, prompt, following in zip(ends, prompts, prompts[1:], strict=False):
-        answer = _answer_in(prompt, following, turns[end]["content"], special)
-        if answer is None:
-            raise ValueError(
-                f"Sample {sample.id!r} holds {len(ends)} questions, but the chat template of this tokenizer rewrites "
-                "earlier turns when a new one follows, so their answers cannot be labelled where a model would "
-                "write them. Make the data with questions_per_context=1, or set another tokenizer.chat_template."
-            )
-        pieces += [_Piece(answer, learned=True), _Piece(following[len(prompt) + len(answer) :], learned=False)]
-    whole = _render(tokenizer, turns, add_generation_prompt=False)
-    answer = _answer_in(prompts[-1], whole, sample.target, special)
-    # Some templates write no end of turn after the last answer, or not the generation prompt before it.
-    return [*pieces, _Piece(answer or sample.target + (tokenizer.eos_token or ""), learned=True)]
-
-
-def _plain_pieces(
-    turns: Sequence[Mapping[str, str]], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> list[_Piece]:
-    pieces: list[_Piece] = []
-    start = 0
-    for end in ends:
-        paragraphs = "".join(turn["content"] + "\n\n" for turn in turns[start:end])
-        pieces.append(_Piece("\n\n" + paragraphs if pieces else paragraphs, learned=False))
-        pieces.append(_Piece(turns[end]["content"] + (tokenizer.eos_token or ""), learned=True))
-        start = end + 1
-    return pieces
-
-
-def _render(
-    tokenizer: PreTrainedTokenizerBase, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(
-            [dict(turn) for turn in turns], tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-    )
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    texts = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts |= set(tokenizer.all_special_tokens)
-    return re.compile("|".join(re.escape(text) for text in sorted(texts, key=len, reverse=True)) or r"(?!)")
-
-
-def _answer_in(prompt: str, rendered: str, content: str, special: re.Pattern[str]) -> str | None:
-    """What a model writes after `prompt` to arrive at `rendered`: the answer, up to and with its end-of-turn token.
-
-    `None` where `rendered` is no continuation of `prompt`, or has no special token after the answer.
-    """
-    if not rendered.startswith(prompt):
+    config = model_config.get_text_config()
+    window = getattr(config, "max_position_embeddings", None)
+    if window is None:
         return None
-    start = rendered.find(content, len(prompt))
-    if start < 0:
-        return None
-    end_of_turn = special.search(rendered, start + len(content))
-    return rendered[len(prompt) : end_of_turn.end()] if end_of_turn else None
+    parameters = getattr(config, "rope_parameters", None) or {}
+    by_kind_of_layer = [kind for kind in parameters.values() if isinstance(kind, dict)]
+    return max([window, *(_scaled(kind, window, bool(by_kind_of_layer)) for kind in by_kind_of_layer or [parameters])])
+
+
+def _scaled(parameters: dict[str, Any], window: int, one_of_several: bool) -> int:
+    """Window that one set of RoPE parameters reaches."""
+    factor = parameters.get("factor") or 1
+    match parameters.get("rope_type", "default"):
+        case "yarn" | "longrope":
+            return int(factor * (parameters.get("original_max_position_embeddings") or window))
+        case "dynamic":
+            return int(factor * window)
+        case "linear" if not one_of_several:
+            return int(factor * window)
+    return window
 
 
 def check_window(model_config: PretrainedConfig, length: int) -> None:
@@ -272,88 +150,22 @@ def check_window(model_config: PretrainedConfig, length: int) -> None:
     Raises:
         ValueError: If `length` exceeds the window.
     """
-    config = model_config.get_text_config()
-    window = getattr(config, "max_position_embeddings", None)
-    if window is None:
+    window = window_of(model_config)
+    if window is None or length <= window:
         return
-    # One set of RoPE parameters, or one for each kind of layer.
-    parameters = getattr(config, "rope_parameters", None) or {}
-    kinds = [kind for kind in parameters.values() if isinstance(kind, dict)] or [parameters]
-    for kind in kinds:
-        if kind.get("rope_type", "default") != "default":
-            original = kind.get("original_max_position_embeddings") or config.max_position_embeddings
-            window = max(window, int(original * (kind.get("factor") or 1)))
-    if length > window:
+    config = model_config.get_text_config()
+    parameters = getattr(config, "rope_parameters", None)
+    start = (
+        f"A length of {length} tokens was given, but the window of this model is {window} tokens "
+        f"(max_position_embeddings={config.max_position_embeddings}, rope_parameters={parameters}). "
+    )
+    if not parameters:
         raise ValueError(
-            f"A length of {length} tokens was given, but the window of this model is {window} tokens "
-            f"(max_position_embeddings={config.max_position_embeddings}, rope_parameters={parameters}). Use lengths "
-            f"up to {window}, or extend the window by RoPE scaling: set rope_parameters to NTK (rope_type='dynamic') "
-            f"or YaRN (rope_type='yarn') with a factor of at least {length / config.max_position_embeddings:.2f}."
+            f"{start}Use lengths up to {window}: its positions are a learned table, which nothing extends."
         )
-
-
-# --- tokens -> batches ---------------------------------------------------------------------------------------------
-
-
-@dataclass
-class AnswerCollator:
-    """Data collator for `Trainer` that makes the model build logits only where there are labels.
-
-    The full logits of a long input are its largest tensor by far, and all but the answers' rows are thrown away. So
-    the batch says how many positions at the end to keep (`logits_to_keep`, a plain int: every architecture knows this
-    form) and brings labels that are already shifted and cut to them (`shift_labels`). Loss and gradients are those of
-    full logits. Rows are padded on the left, so that all answers stand at the end.
-
-    A single row, or rows of one length, come without a mask: that keeps flash attention kernels usable.
-
-    Attributes:
-        pad_token_id: Fills shorter rows. Attention and loss never see it, so any id will do; 0 if the tokenizer has
-            none.
-    """
-
-    pad_token_id: int | None = None
-
-    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Build a batch.
-
-        Args:
-            features: Rows with `input_ids` and `labels`, as `encode_training` gives them.
-
-        Returns:
-            `input_ids` (B, T), `shift_labels` and `labels` (B, K; one and the same tensor), `logits_to_keep` = K, and
-            for padded batches `attention_mask` and `position_ids` (B, T).
-
-        Raises:
-            ValueError: If a row has no labels.
-        """
-        filler = self.pad_token_id or 0
-        rows = [list(feature["input_ids"]) for feature in features]
-        labels = [list(feature["labels"]) for feature in features]
-        length = max(len(row) for row in rows)
-        padding = [length - len(row) for row in rows]
-        # The token before the first label predicts it, so its logits are needed, too.
-        keep = min(length, max(len(row) - _first_label(row) + 1 for row in labels))
-
-        # The last position predicts nothing: shifting leaves a hole there.
-        shifted = [([IGNORED] * pad + row)[1:] + [IGNORED] for row, pad in zip(labels, padding, strict=True)]
-        shift_labels = torch.tensor([row[-keep:] for row in shifted])
-        batch: dict[str, Any] = {
-            "input_ids": torch.tensor([[filler] * pad + row for row, pad in zip(rows, padding, strict=True)]),
-            # The model computes a loss when there are `labels`; it uses the shifted ones.
-            "labels": shift_labels,
-            "shift_labels": shift_labels,
-            "logits_to_keep": keep,
-        }
-        if any(padding):
-            mask = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding])
-            batch["attention_mask"] = mask
-            # Each row counts from its own start, as it would alone.
-            batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return batch
-
-
-def _first_label(labels: Sequence[int]) -> int:
-    for index, label in enumerate(labels):
-        if label != IGNORED:
-            return index
-    raise ValueError("A row has no labels: every label is -100. Rows for training come from encode_training.")
+    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
+    raise ValueError(
+        f"{start}Use lengths up to {window}, or extend the window by RoPE scaling: in the model's config.json, set "
+        f"rope_parameters to NTK (rope_type='dynamic') or YaRN (rope_type='yarn') with a factor of at least "
+        f"{math.ceil(100 * length / original) / 100:.2f}."
+    )

@@ -1,4 +1,8 @@
-"""The whole path on a real model, stage by stage, each in a process of its own as a user would run them."""
+"""The whole path on a real model, stage by stage.
+
+Training and evaluation run in processes of their own, as a user would start them: what is measured was saved to disk
+and loaded again.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,20 @@ import logging
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .data import encode_prompt, read_samples
+from .data import read_samples
+from .files import write_json
 from .loading import load_adapter, load_model, load_tokenizer
-from .provenance import provenance, write_json
-from .report import markdown_table
+from .make_data import MakeDataArguments, make_data
+from .merge import MergeArguments, merge
+from .provenance import provenance
+from .report import ReportArguments, markdown_table, report
+from .tokens import encode_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +47,7 @@ def demo(arguments: DemoArguments) -> str:
     """Generate data, evaluate the base, train, reload, evaluate, merge and evaluate again.
 
     Writes `metrics.json` (accuracies of base, adapter and merged model, size, seconds), `report.md` and `scales.png`
-    into the output folder. Finished evaluation rows and Trainer checkpoints of an interrupted demo are kept.
+    into the output folder. Called again with the same settings, it keeps what is finished and goes on from there.
 
     Args:
         arguments: See `DemoArguments`.
@@ -48,43 +56,68 @@ def demo(arguments: DemoArguments) -> str:
         A table for the terminal.
 
     Raises:
+        ValueError: The folder holds a demo with other settings, or a setting is not allowed.
         OSError: A stage failed; its own message stands above.
     """
     started = time.monotonic()
     folder = Path(arguments.output_dir)
+    resumed = _same_settings(folder / "demo.json", arguments)
     train_file, test_file = folder / "train.jsonl", folder / "test.jsonl"
     adapter, merged, results = folder / "adapter", folder / "merged", folder / "eval"
-    model = ["--model_name_or_path", arguments.model_name_or_path]
-    seed = ["--seed", arguments.seed]
-    data = ["make-data", *model, *seed, "--lengths", arguments.length]
-    _stage(*data, "--split", "test", "--num_samples", arguments.num_test_samples, "--output_file", test_file)
-    _stage(
-        *data, "--split", "train", "--num_samples", arguments.num_train_samples, "--output_file", train_file,
-        "--questions_per_context", arguments.questions_per_context,
-    )  # fmt: skip
-    evaluation = ["evaluate", *model, "--test_file", test_file, "--output_dir", results]
+    model, seed = arguments.model_name_or_path, arguments.seed
+    data: dict[str, Any] = {"model_name_or_path": model, "lengths": [arguments.length], "seed": seed}
+    make_data(
+        MakeDataArguments(**data, output_file=str(test_file), split="test", num_samples=arguments.num_test_samples)
+    )
+    make_data(
+        MakeDataArguments(
+            **data,
+            output_file=str(train_file),
+            num_samples=arguments.num_train_samples,
+            questions_per_context=arguments.questions_per_context,
+        )
+    )
+    base = ["--model_name_or_path", model]
+    evaluation = ["evaluate", *base, "--test_file", test_file, "--output_dir", results]
     _stage(*evaluation)
     if not (adapter / "run.json").is_file():
-        _stage("train", *model, *seed, "--train_file", train_file, "--output_dir", adapter,
-               "--learning_rate", arguments.learning_rate)  # fmt: skip
+        settings = ["--learning_rate", arguments.learning_rate, "--seed", seed]
+        _stage("train", *base, "--train_file", train_file, "--output_dir", adapter, *settings)
     if not merged.exists():
-        _stage("merge", "--adapter_name_or_path", adapter, *model, "--output_dir", merged)
+        merge(MergeArguments(str(adapter), str(merged), model))
     _stage(*evaluation, "--adapters", f"adapter={adapter}", "--models", f"merged={merged}")
-    _stage("report", "--metrics_file", results / "metrics.json", "--adapter", adapter, "--output_dir", folder)
+    report(ReportArguments(str(folder), str(results / "metrics.json"), str(adapter)))
 
     systems = json.loads((results / "metrics.json").read_text(encoding="utf-8"))["systems"]
     run = json.loads((adapter / "run.json").read_text(encoding="utf-8"))
     summary: dict[str, Any] = {
         **{name: systems[name] for name in ("base", "adapter", "merged")},
-        "max_logit_difference_merged": _logit_difference(arguments.model_name_or_path, adapter, merged, test_file),
+        "max_logit_difference_merged": _logit_difference(model, adapter, merged, test_file),
         "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
         "trainable_parameters": run["trainable_parameters"],
         "training_seconds": run["seconds"],
         "seconds": time.monotonic() - started,
+        "resumed": resumed,  # if so, some of the work was done by an earlier call, whose seconds do not count here
         **provenance(),
     }
     write_json(folder / "metrics.json", summary)
     return _table(summary, folder)
+
+
+def _same_settings(record: Path, arguments: DemoArguments) -> bool:
+    """Tell whether an earlier call began this very demo, and note it for the next one if none did."""
+    if not record.is_file():
+        write_json(record, asdict(arguments))
+        return False
+    before, settings = json.loads(record.read_text(encoding="utf-8")), asdict(arguments)
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        described = ", ".join(f"{name} {before.get(name)} -> {settings[name]}" for name in changed)
+        raise ValueError(
+            f"{record.parent} holds a demo with other settings ({described}). Remove it, or choose another "
+            "--output_dir."
+        )
+    return True
 
 
 def _stage(*words: Any) -> None:

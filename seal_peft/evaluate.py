@@ -6,23 +6,34 @@ seal-peft evaluate --model_name_or_path smollm2 --adapters runs/demo/adapter --t
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from .assets import resolve_model
-from .data import check_window, encode_prompt, read_samples
-from .generation import generate_answers
-from .loading import is_adapter, load_adapter, load_config, load_model, load_tokenizer
-from .provenance import provenance, write_json
-from .statistics import mean_interval, paired_difference
+from .data import check_window, read_samples, window_of
+from .files import write_json
+from .generation import generate_answers, make_batches
+from .loading import (
+    DTYPE_HELP,
+    Dtype,
+    load_adapter,
+    load_config,
+    load_model,
+    load_tokenizer,
+    locate_model,
+    pick_device,
+    pick_dtype,
+    read_adapter,
+    unload_adapter,
+)
+from .predictions import Predictions, fingerprint, identity
+from .provenance import provenance
+from .statistics import summarise
 from .tasks import Sample, get_task
+from .tokens import encode_prompt, encode_training
 
 BASE = "base"
 
@@ -44,7 +55,7 @@ class EvaluateArguments:
     skip_base: bool = field(default=False, metadata={"help": "Do not evaluate the base model itself."})
     per_device_eval_batch_size: int = field(default=8, metadata={"help": "Prompts generated together."})
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer; default: the task's own."})
-    dtype: str = field(default="auto", metadata={"help": "auto (bfloat16 where the hardware has it) or a dtype name."})
+    dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
 
 
@@ -63,10 +74,26 @@ class System:
     adapter: str | None = None
 
 
+@dataclass(frozen=True)
+class Questions:
+    """The samples as one model reads them.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        prompts: Token ids of each sample's prompt.
+        limits: Longest answer to each, in tokens.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    limits: list[int]
+
+
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     """Let every system answer every sample, and write `predictions.jsonl` and `metrics.json`.
 
-    Rows that an earlier, interrupted call finished are kept, if sample, system and settings are still the same.
+    Answers that an earlier call finished are kept where files, prompts and settings are still the same; a changed
+    adapter is evaluated again.
 
     Args:
         arguments: See `EvaluateArguments`.
@@ -75,7 +102,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         What `metrics.json` holds.
 
     Raises:
-        ValueError: Bad rows, names or lengths; raised before any model is loaded.
+        ValueError: Bad rows, names, lengths or adapter files; raised before any model is loaded.
     """
     systems = _systems(arguments)
     samples = read_samples(arguments.test_file)
@@ -83,169 +110,118 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         raise ValueError(f"{arguments.test_file} holds no samples. Make some with `seal-peft make-data`.")
     for name in {sample.task for sample in samples}:
         get_task(name)
-    for model in {system.model for system in systems}:
-        check_window(load_config(model), max(sample.length for sample in samples))
+    for system in systems:
+        if system.adapter:
+            read_adapter(system.adapter)
+    questions = {model: _read(model, samples, arguments) for model in dict.fromkeys(s.model for s in systems)}
 
+    keys = {system.name: _fingerprints(system, samples, questions[system.model], arguments) for system in systems}
     predictions = Predictions(Path(arguments.output_dir) / "predictions.jsonl")
-    for model_name in dict.fromkeys(system.model for system in systems):
-        _answer_all(model_name, [s for s in systems if s.model == model_name], samples, arguments, predictions)
-    metrics = {
-        **summarise(systems, samples, predictions, arguments),
-        "arguments": asdict(arguments),
-        **provenance(),
-    }
+    predictions.keep_only(keys)
+    for model, asked in questions.items():
+        sharing = [system for system in systems if system.model == model]
+        _answer_all(sharing, samples, asked, keys, predictions, arguments)
+
+    scores = {name: [predictions.score(key) for key in own] for name, own in keys.items()}
+    metrics = {**summarise(samples, scores, BASE), "arguments": asdict(arguments), **provenance()}
     write_json(Path(arguments.output_dir) / "metrics.json", metrics)
     return metrics
 
 
 def _systems(arguments: EvaluateArguments) -> list[System]:
-    systems = [] if arguments.skip_base else [System(BASE, arguments.model_name_or_path)]
-    for text in arguments.adapters:
-        name, path = _named(text)
-        if Path(path).exists() and not is_adapter(path):
-            raise ValueError(f"{path} is not an adapter folder: there is no adapter_config.json. Plain models go to --models.")
-        systems.append(System(name, arguments.model_name_or_path, path))
-    for text in arguments.models:
-        name, path = _named(text)
-        systems.append(System(name, path))
+    base = arguments.model_name_or_path
+    systems = [] if arguments.skip_base else [System(BASE, base)]
+    systems += [System(name, base, path) for name, path in map(_named, arguments.adapters)]
+    systems += [System(name, path) for name, path in map(_named, arguments.models)]
     names = [system.name for system in systems]
     if not systems or len(set(names)) < len(names):
         raise ValueError(f"Systems need distinct names, at least one; got {names}. Name them as NAME=PATH.")
+    for name, value in (
+        ("per_device_eval_batch_size", arguments.per_device_eval_batch_size),
+        ("max_new_tokens", arguments.max_new_tokens),
+    ):
+        if value is not None and value < 1:
+            raise ValueError(f"{name}={value} was given; use at least 1.")
     return systems
 
 
 def _named(text: str) -> tuple[str, str]:
     name, equals, path = text.partition("=")
-    return (name, path) if equals else (Path(text).name, text)
+    return (name, path) if equals else (Path(text).resolve().name, text)
 
 
-def _answer_all(
-    model_name: str,
-    systems: list[System],
-    samples: list[Sample],
-    arguments: EvaluateArguments,
-    predictions: Predictions,
-) -> None:
-    """Let the systems that share a model answer what they have not answered yet; the model is loaded once."""
-    work = {system: predictions.missing(system, samples, arguments) for system in systems}
-    if not any(work.values()):
-        return
-    tokenizer = load_tokenizer(model_name)
-    model = load_model(model_name, arguments.dtype, arguments.attn_implementation).eval()
-    for system, todo in work.items():
-        if not todo:
-            continue
-        wrapped = model if system.adapter is None else load_adapter(model, system.adapter)
-        prompts = [encode_prompt(sample, tokenizer) for sample in todo]
-        limit = arguments.max_new_tokens or max(get_task(sample.task).max_new_tokens for sample in todo)
-        answers = generate_answers(wrapped, tokenizer, prompts, limit, arguments.per_device_eval_batch_size)
-        for index, answer in tqdm(answers, total=len(todo), desc=f"Evaluating {system.name}", unit="sample"):
-            predictions.add(system, todo[index], answer, arguments)
-        if system.adapter is not None:
-            model = wrapped.unload()
+def _read(model: str, samples: list[Sample], arguments: EvaluateArguments) -> Questions:
+    """Tokenise the samples for a model, and make sure that its window holds them together with their answers."""
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    prompts, longest = [], 0
+    for sample in tqdm(samples, desc="Tokenising", unit="sample", delay=1.0):
+        prompts.append(encode_prompt(sample, tokenizer))
+        longest = max(longest, len(encode_training(sample, tokenizer)["input_ids"]))
+    check_window(config, longest)
+    limits = [arguments.max_new_tokens or get_task(sample.task).max_new_tokens for sample in samples]
+    window = window_of(config)
+    if window is not None:
+        # Right answers end inside the window; babble must not run past it, where learned positions have no entry.
+        limits = [max(1, min(limit, window - len(prompt))) for limit, prompt in zip(limits, prompts, strict=True)]
+    return Questions(tokenizer, prompts, limits)
 
 
-class Predictions:
-    """The rows of `predictions.jsonl`: appended one by one, read back after a restart.
-
-    A row counts for a sample only if its fingerprint is that of the sample, the system's files and the settings, so
-    a changed adapter is never taken for the one that was evaluated before.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._rows: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-            self._rows = {row["fingerprint"]: row for row in map(json.loads, whole)}
-            # A kill in the middle of a write leaves half a line, which must not swallow the next row.
-            path.write_text("".join(whole), encoding="utf-8")
-
-    def missing(self, system: System, samples: list[Sample], arguments: EvaluateArguments) -> list[Sample]:
-        """Return the samples that this system has not answered under these settings."""
-        return [s for s in samples if _fingerprint(system, s, arguments) not in self._rows]
-
-    def add(self, system: System, sample: Sample, answer: str, arguments: EvaluateArguments) -> None:
-        """Score an answer and append its row."""
-        row = {
-            "system": system.name,
-            "id": sample.id,
-            "task": sample.task,
-            "length": sample.length,
-            "depth": sample.depth,
-            "answer": answer,
-            "answers": sample.answers,
-            "score": get_task(sample.task).score(answer, sample.answers),
-            "fingerprint": _fingerprint(system, sample, arguments),
-        }
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        self._rows[row["fingerprint"]] = row
-
-    def scores(self, system: System, samples: list[Sample], arguments: EvaluateArguments) -> list[float]:
-        """Return the score of every sample, in order."""
-        return [self._rows[_fingerprint(system, sample, arguments)]["score"] for sample in samples]
-
-
-def _fingerprint(system: System, sample: Sample, arguments: EvaluateArguments) -> str:
-    settings = [arguments.dtype, arguments.attn_implementation, arguments.max_new_tokens]
-    text = json.dumps([system.name, identity(system.model), identity(system.adapter), settings, asdict(sample)])
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-@functools.cache
-def identity(path: str | None) -> list[Any]:
-    """What tells one version of a model or adapter from the next: its small files whole, its large ones by size and time."""
-    folder = Path(resolve_model(path)) if path else None
-    if folder is None or not folder.is_dir():
-        return [path]
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".safetensors", ".bin"))
+def _fingerprints(
+    system: System, samples: list[Sample], questions: Questions, arguments: EvaluateArguments
+) -> list[str]:
+    """Cover all that changes an answer or its row. The batch size is not among it: padding is masked."""
+    files = [identity(locate_model(system.model)), system.adapter and identity(system.adapter)]
+    settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation]
     return [
-        [file.name, hashlib.sha256(file.read_bytes()).hexdigest()]
-        if file.stat().st_size < 2**24
-        else [file.name, file.stat().st_size, file.stat().st_mtime_ns]
-        for file in files
+        fingerprint(system.name, files, settings, limit, prompt, asdict(sample))
+        for sample, prompt, limit in zip(samples, questions.prompts, questions.limits, strict=True)
     ]
 
 
-def summarise(
-    systems: list[System], samples: list[Sample], predictions: Predictions, arguments: EvaluateArguments
-) -> dict[str, Any]:
-    """Return means with intervals: over all samples by system (`systems`), and by task, length and depth (`cells`)."""
-    summaries: dict[str, Any] = {}
-    cells: list[dict[str, Any]] = []
-    base = next((system for system in systems if system.name == BASE), None)
-    for system in systems:
-        other = base if base is not None and system is not base else None
+def _answer_all(
+    systems: list[System],
+    samples: list[Sample],
+    questions: Questions,
+    keys: dict[str, list[str]],
+    predictions: Predictions,
+    arguments: EvaluateArguments,
+) -> None:
+    """Let the systems that share a model answer what they have not answered yet; the model is loaded once."""
+    todo = [system for system in systems if any(key not in predictions for key in keys[system.name])]
+    if not todo:
+        return
+    model = load_model(systems[0].model, arguments.dtype, arguments.attn_implementation).eval()
+    for system in todo:
+        # An adapter that does not fit the model is to be found now, not after hours of answers by the others.
+        if system.adapter:
+            model = unload_adapter(load_adapter(model, system.adapter))
+    batches = make_batches(questions.prompts, questions.limits, arguments.per_device_eval_batch_size)
+    for system in todo:
+        answering = load_adapter(model, system.adapter) if system.adapter else model
+        own = keys[system.name]
+        with tqdm(total=len(own), desc=f"Evaluating {system.name}", unit="sample") as progress:
+            for batch in batches:
+                missing = [index for index in batch if own[index] not in predictions]
+                if missing:
+                    # The whole batch again: an answer must not depend on where an earlier call was interrupted.
+                    prompts = [questions.prompts[index] for index in batch]
+                    answers = generate_answers(answering, questions.tokenizer, prompts, questions.limits[batch[0]])
+                    answer_of = dict(zip(batch, answers, strict=True))
+                    predictions.add(_row(system, samples[i], answer_of[i], own[i]) for i in missing)
+                progress.update(len(batch))
+        if system.adapter:
+            model = unload_adapter(answering)
 
-        def summary(group: list[Sample], system: System = system, other: System | None = other) -> dict[str, Any]:
-            scores = predictions.scores(system, group, arguments)
-            return _summary(scores, predictions.scores(other, group, arguments) if other else None)
 
-        summaries[system.name] = summary(samples)
-        for (task, length, depth), group in _groups(samples).items():
-            cells.append({"system": system.name, "task": task, "length": length, "depth": depth, **summary(group)})
-    return {"systems": summaries, "cells": cells}
-
-
-def _summary(scores: list[float], base_scores: list[float] | None) -> dict[str, Any]:
-    mean, low, high = mean_interval(scores)
-    result: dict[str, Any] = {"accuracy": mean, "low": low, "high": high, "n": len(scores)}
-    if base_scores is not None:
-        difference, low, high = paired_difference(scores, base_scores)
-        result["difference_to_base"] = {"mean": difference, "low": low, "high": high}
-    return result
-
-
-def _groups(samples: list[Sample]) -> dict[tuple[str, int, float | None], list[Sample]]:
-    """Samples by task and length (depth `None`), and by depth too where several samples share one."""
-    groups: dict[tuple[str, int, float | None], list[Sample]] = defaultdict(list)
-    for sample in samples:
-        groups[sample.task, sample.length, None].append(sample)
-    for (task, length, _), group in list(groups.items()):
-        if len({sample.depth for sample in group}) < len(group):
-            for sample in group:
-                if sample.depth is not None:
-                    groups[task, length, sample.depth].append(sample)
-    return dict(groups)
+def _row(system: System, sample: Sample, answer: str, key: str) -> dict[str, Any]:
+    return {
+        "system": system.name,
+        "id": sample.id,
+        "task": sample.task,
+        "length": sample.length,
+        "depth": sample.depth,
+        "answer": answer,
+        "answers": sample.answers,
+        "score": get_task(sample.task).score(answer, sample.answers),
+        "fingerprint": key,
+    }

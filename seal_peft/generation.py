@@ -2,61 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
+def make_batches(prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Group prompts that are generated together, longest first so that a lack of memory shows at once.
+
+    Which prompts share a batch depends on nothing but these arguments: a restart pads as the first run did.
+
+    Args:
+        prompts: Token ids of each prompt.
+        limits: Longest answer of each; a batch holds prompts of one limit.
+        batch_size: Most prompts in a batch.
+
+    Returns:
+        Indices of the prompts of each batch.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index)):
+        if not batches or len(batches[-1]) == batch_size or limits[batches[-1][0]] != limits[index]:
+            batches.append([])
+        batches[-1].append(index)
+    return batches
+
+
 def generate_answers(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[list[int]],
-    max_new_tokens: int,
-    batch_size: int,
-) -> Iterator[tuple[int, str]]:
-    """Yield greedy answers, longest prompts first so that a lack of memory shows at once.
+    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
+) -> list[str]:
+    """Return the greedy answers to one batch of prompts, without special tokens.
 
     Args:
         model: A causal language model, on its device and in inference mode.
         tokenizer: Its tokenizer.
-        prompts: Token ids of each prompt.
+        prompts: Token ids of each prompt; shorter ones are padded on the left.
         max_new_tokens: Longest answer in tokens.
-        batch_size: Prompts generated together; each batch is padded on the left to its longest prompt.
-
-    Yields:
-        Index of the prompt and the decoded answer without special tokens.
     """
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
         eos_token_id=_stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=padding,
     )
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    for start in range(0, len(order), batch_size):
-        indices = order[start : start + batch_size]
-        inputs = _left_padded([prompts[index] for index in indices], settings.pad_token_id, model.device)
-        with torch.inference_mode():
-            output = model.generate(**inputs, generation_config=settings)
-        answers = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        yield from zip(indices, answers, strict=True)
-
-
-def _left_padded(prompts: list[list[int]], pad_token_id: int, device: torch.device) -> dict[str, torch.Tensor]:
     width = max(len(prompt) for prompt in prompts)
-    ids = [[pad_token_id] * (width - len(prompt)) + prompt for prompt in prompts]
+    ids = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return {
-        "input_ids": torch.tensor(ids, device=device),
-        "attention_mask": torch.tensor(mask, device=device),
-    }
+    with torch.inference_mode():
+        output = model.generate(
+            input_ids=torch.tensor(ids, device=model.device),
+            attention_mask=torch.tensor(mask, device=model.device),
+            generation_config=settings,
+        )
+    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 
-def _stop_tokens(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
     """End-of-text and end-of-turn tokens: the model's own list and the tokenizer's."""
-    own = getattr(model, "generation_config", None)
-    tokens = own.eos_token_id if own is not None and own.eos_token_id is not None else []
-    tokens = [tokens] if isinstance(tokens, int) else list(tokens)
-    return sorted({*tokens, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])})
+    own = model.generation_config.eos_token_id
+    tokens = {*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id} - {None}
+    return sorted(tokens) or None

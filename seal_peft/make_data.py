@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from .data import check_window, make_samples, write_samples
 from .loading import load_config, load_tokenizer
-from .tasks import TASKS
+from .tasks import TASKS, get_task
 
 
 @dataclass
@@ -21,7 +22,7 @@ class MakeDataArguments:
     model_name_or_path: str = field(metadata={"help": "Model whose tokenizer and window the samples are fitted to."})
     output_file: str = field(metadata={"help": "JSONL file to write."})
     task: str = field(default="lines", metadata={"help": f"One of: {', '.join(sorted(TASKS))}."})
-    split: str = field(default="train", metadata={"help": "train or test; the two share no keys or values."})
+    split: Literal["train", "test"] = field(default="train", metadata={"help": "The two share no key or document."})
     lengths: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Lengths in tokens."})
     num_samples: int = field(default=50, metadata={"help": "Samples per length."})
     depths: list[float] | None = field(
@@ -43,6 +44,7 @@ def make_data(arguments: MakeDataArguments) -> Path:
     Raises:
         ValueError: A task, split, length, depth or number is not allowed.
     """
+    get_task(arguments.task)
     check_window(load_config(arguments.model_name_or_path), max(arguments.lengths, default=1))
     samples = make_samples(
         arguments.task,

@@ -10,8 +10,9 @@ import shutil
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-from .loading import base_of_adapter, load_adapter, load_model, load_tokenizer
+from .loading import base_of_adapter, load_adapter, load_config, load_model, load_tokenizer, read_adapter
 
 
 @dataclass
@@ -23,7 +24,9 @@ class MergeArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model. Default: the one that the adapter names."}
     )
-    dtype: str = field(default="auto", metadata={"help": "auto (bfloat16 where the hardware has it) or a dtype name."})
+    dtype: Literal["stored", "float32", "bfloat16", "float16"] = field(
+        default="stored", metadata={"help": "Dtype of the merged model; stored: that of the base model's files."}
+    )
 
 
 def merge(arguments: MergeArguments) -> Path:
@@ -38,19 +41,23 @@ def merge(arguments: MergeArguments) -> Path:
         The folder of the merged model.
 
     Raises:
-        ValueError: The output folder exists already, or the adapter is broken.
+        ValueError: The output folder exists already, or the adapter is broken; raised before any model is loaded.
     """
     target = Path(arguments.output_dir)
     if target.exists():
         raise ValueError(f"{target} exists already. Remove it or choose another --output_dir.")
-    base = arguments.model_name_or_path or base_of_adapter(arguments.adapter_name_or_path)
-    model = load_adapter(load_model(base, arguments.dtype), arguments.adapter_name_or_path)
-    merged = model.merge_and_unload(safe_merge=True)
+    adapter = arguments.adapter_name_or_path
+    config = read_adapter(adapter)
+    base = arguments.model_name_or_path or base_of_adapter(config, adapter)
+    load_config(base)
+    tokenizer = load_tokenizer(base)
+    model = load_adapter(load_model(base, arguments.dtype), adapter)
+    merged = model.merge_and_unload(progressbar=True, safe_merge=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
         merged.save_pretrained(temporary)
-        load_tokenizer(base).save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)
         os.rename(temporary, target)
     finally:

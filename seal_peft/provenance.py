@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 import platform
+import shlex
 import subprocess
 import sys
-import tempfile
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,8 +18,10 @@ _PACKAGES = ("seal-peft", "torch", "transformers", "peft", "accelerate", "safete
 
 def provenance() -> dict[str, Any]:
     """Return what a reader needs to repeat a run, as JSON values."""
+    program = Path(sys.argv[0])
+    ours = program.name == "seal-peft" or program.parts[-2:] == ("seal_peft", "__main__.py")
     return {
-        "command": " ".join(["seal-peft" if Path(sys.argv[0]).name == "seal-peft" else sys.argv[0], *sys.argv[1:]]),
+        "command": shlex.join(["seal-peft" if ours else str(program), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
@@ -36,15 +36,6 @@ def device_name() -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON so that a reader sees the old file or the new one, never half of one."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, suffix=".tmp", delete=False) as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-    os.replace(file.name, path)
-
-
 def _version(name: str) -> str | None:
     try:
         return version(name)
@@ -54,13 +45,15 @@ def _version(name: str) -> str | None:
 
 def _commit() -> str | None:
     """Commit of the source tree, marked `-dirty` if it has changes; `None` for an installed wheel."""
-    folder = Path(__file__).parent
-    git = ["git", "-C", str(folder)]
+    file = Path(__file__)
     try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True)
-        status = subprocess.run(
-            [*git, "status", "--porcelain", "--", "."], capture_output=True, text=True, timeout=10, check=True
-        )
+        # An environment may lie inside the tree of another project, whose commit says nothing about this file.
+        _git(file, "ls-files", "--error-unmatch", file.name)
+        return _git(file, "rev-parse", "HEAD") + ("-dirty" if _git(file, "status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None
-    return commit.stdout.strip() + ("-dirty" if status.stdout.strip() else "")
+
+
+def _git(file: Path, *words: str) -> str:
+    command = ["git", "-C", str(file.parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .provenance import write_json
+from .files import replacing, write_json
 from .tuner import scales
 
 
@@ -22,7 +22,7 @@ class ReportArguments:
 
     output_dir: str = field(metadata={"help": "Folder for report.md and the pictures."})
     metrics_file: str | None = field(default=None, metadata={"help": "metrics.json of `seal-peft evaluate`."})
-    adapter: str | None = field(default=None, metadata={"help": "Folder of a SEAL adapter, for a picture of its scales."})
+    adapter: str | None = field(default=None, metadata={"help": "SEAL adapter folder, for a picture of its scales."})
 
 
 def report(arguments: ReportArguments) -> Path:
@@ -44,15 +44,16 @@ def report(arguments: ReportArguments) -> Path:
     parts = ["# Report"]
     if arguments.metrics_file is not None:
         metrics = _read_metrics(Path(arguments.metrics_file))
-        parts += ["## Accuracy", markdown_table(overall_rows(metrics)), "## By length", markdown_table(length_rows(metrics))]
+        parts += ["## Accuracy", markdown_table(overall_rows(metrics))]
+        parts += ["## By length", markdown_table(length_rows(metrics))]
         versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items() if number)
         parts.append(f"{metrics['device']}; {versions}; commit {metrics['commit']}; {metrics['date']}.")
     if arguments.adapter is not None:
         picture = plot_scales(scales(arguments.adapter), folder / "scales.png")
         parts += ["## Scales", f"![Learned scales by layer and head]({picture.name})", "1 is unchanged."]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "report.md"
-    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    with replacing(path) as file:
+        file.write("\n\n".join(parts) + "\n")
     return path
 
 
@@ -60,16 +61,10 @@ def overall_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of all systems, the header first."""
     rows = [["system", "accuracy", "95% interval", "samples", "difference to base"]]
     for name, result in metrics["systems"].items():
+        row = [name, f"{result['accuracy']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}", str(result["n"])]
         difference = result.get("difference_to_base")
-        rows.append(
-            [
-                name,
-                f"{result['accuracy']:.3f}",
-                f"{result['low']:.3f} to {result['high']:.3f}",
-                str(result["n"]),
-                f"{difference['mean']:+.3f} ({difference['low']:+.3f} to {difference['high']:+.3f})" if difference else "",
-            ]
-        )
+        change = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference) if difference else ""
+        rows.append([*row, change])
     return rows
 
 
@@ -106,13 +101,12 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
     Raises:
         ImportError: matplotlib is missing.
     """
-    maps = scale_maps(layers)
-    write_json(path.with_suffix(".json"), {"layers": list(layers), "maps": maps})
     try:
         from matplotlib.colors import TwoSlopeNorm
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError('Pictures need matplotlib: pip install "seal-peft[plot]"') from error
+    maps = scale_maps(layers)
     figure = Figure(figsize=(1.5 + 4.5 * len(maps), 6), layout="constrained")
     for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         if title.startswith("scale"):
@@ -124,6 +118,7 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
         figure.colorbar(image, ax=axes, shrink=0.8)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
+    write_json(path.with_suffix(".json"), {"layers": list(layers), "maps": maps})
     return path
 
 
@@ -148,6 +143,8 @@ def _read_metrics(path: Path) -> dict[str, Any]:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
-    if not isinstance(metrics, dict) or not {"systems", "cells"} <= metrics.keys():
-        raise ValueError(f"{path} is not a metrics.json of `seal-peft evaluate`: it has no `systems` and `cells`.")
+    needed = {"systems", "cells", "versions", "device", "commit", "date"}
+    if not isinstance(metrics, dict) or not needed <= metrics.keys():
+        missing = ", ".join(sorted(needed - set(metrics)))
+        raise ValueError(f"{path} is not a metrics.json of `seal-peft evaluate`: it has no {missing}.")
     return metrics

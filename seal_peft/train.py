@@ -5,20 +5,30 @@ seal-peft train --model_name_or_path smollm2 --train_file runs/demo/train.jsonl 
 
 from __future__ import annotations
 
+import hashlib
+import json
+import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from packaging.version import Version
 from peft import get_peft_model
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
-from .data import AnswerCollator, check_window, encode_training, read_samples
-from .loading import load_config, load_model, load_tokenizer
-from .provenance import provenance, write_json
+from .data import check_window, read_samples
+from .files import write_json
+from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
+from .provenance import provenance
+from .tokens import AnswerCollator, encode_training
 from .tuner import SealConfig
+from .tuner.config import Granularity
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
 # question each, constant learning rate, one epoch.
@@ -33,6 +43,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+FINISHED, UNFINISHED, CHECKPOINTS = "run.json", "unfinished.json", "checkpoint-*"
+
 
 @dataclass
 class TrainArguments:
@@ -40,10 +52,12 @@ class TrainArguments:
 
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id, local folder, or `smollm2`."})
     train_file: str = field(metadata={"help": "Samples, one JSON row each, as `seal-peft make-data` writes them."})
-    granularity: str = field(default="channel", metadata={"help": "One scale per attention `head` or per `channel`."})
+    granularity: Granularity = field(
+        default="channel", metadata={"help": "One scale per attention `head` or per `channel`."}
+    )
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Layers to adapt. Default: all."})
     recipe: str = field(default="default", metadata={"help": f"Named settings: {', '.join(RECIPES)}. Flags win."})
-    dtype: str = field(default="auto", metadata={"help": "auto (bfloat16 where the hardware has it) or a dtype name."})
+    dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
 
 
@@ -51,19 +65,41 @@ class TrainArguments:
 class SealTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with defaults for a few scales on long inputs."""
 
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "1 needs no padding, so flash kernels stay."})
-    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: less memory."})
+    output_dir: str = field(metadata={"help": "Adapter folder to write; checkpoints stand in it meanwhile."})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "1 needs no padding: flash kernels stay."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     save_steps: float = field(default=50, metadata={"help": "Write a checkpoint every so many steps."})
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     report_to: str = field(default="none", metadata={"help": "Experiment trackers, as in transformers."})
+    dataloader_pin_memory: bool = field(default=False, metadata={"help": "Token ids are too few to be worth it."})
+    activation_checkpointing: bool | None = field(
+        default=None, metadata={"help": "Recompute activations: less memory.", "nargs": "?", "const": True}
+    )
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": 'As in transformers, e.g. {"every_n_layers": 2}.'}
+    )
+
+    def __post_init__(self) -> None:
+        # transformers 5.23 renamed gradient_checkpointing and warns about the old name; older ones know only that.
+        # Remove this, and the two fields above, when the oldest supported transformers is 5.23.
+        renamed = Version(transformers.__version__) >= Version("5.23")
+        if self.activation_checkpointing and not renamed:
+            self.gradient_checkpointing = True
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
+        super().__post_init__()
+        if not renamed:
+            self.activation_checkpointing = self.gradient_checkpointing
+            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
 
-def train(arguments: TrainArguments, training_arguments: TrainingArguments) -> Path:
-    """Train one SEAL adapter; an interrupted run goes on from its last checkpoint.
+def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) -> Path:
+    """Train one SEAL adapter.
 
     Writes the adapter folder (`adapter_config.json`, `adapter_model.safetensors`, `README.md`) and, last of all,
     `run.json` with every setting, the loss curve, seconds, tokens and peak memory.
+
+    A folder with an interrupted training goes on from its last checkpoint, and ends with the same weights; other
+    settings than those it began with are refused. A folder with a finished training starts afresh.
 
     Args:
         arguments: Model, data and scales.
@@ -73,56 +109,110 @@ def train(arguments: TrainArguments, training_arguments: TrainingArguments) -> P
         The adapter folder.
 
     Raises:
-        ValueError: Bad rows, or samples longer than the model's window; raised before the model is loaded.
+        ValueError: Bad rows, samples longer than the model's window, or an unfinished training with other settings;
+            raised before the model is loaded.
     """
     samples = read_samples(arguments.train_file)
     if not samples:
         raise ValueError(f"{arguments.train_file} holds no samples. Make some with `seal-peft make-data`.")
-    check_window(load_config(arguments.model_name_or_path), max(sample.length for sample in samples))
     config = SealConfig(
         task_type="CAUSAL_LM",
         granularity=arguments.granularity,
         layers_to_transform=arguments.layers_to_transform,
     )
-    tokenizer = load_tokenizer(arguments.model_name_or_path)
-    rows = [encode_training(sample, tokenizer) for sample in samples]
+    pick_dtype(arguments.dtype)
+    model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
+    progress = tqdm(samples, desc="Tokenising", unit="sample", delay=1.0)
+    rows = [encode_training(sample, tokenizer) for sample in progress]
+    check_window(model_config, max(len(row["input_ids"]) for row in rows))
 
+    output_dir = Path(training_arguments.output_dir)
+    settings = _settings(arguments, training_arguments)
+    checkpoint = training_arguments.resume_from_checkpoint or _unfinished_checkpoint(output_dir, settings)
     base = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     base.config.use_cache = False
+    model = get_peft_model(base, config)
     trainer = Trainer(
-        model=get_peft_model(base, config),
+        model=model,
         args=training_arguments,
         train_dataset=rows,
         data_collator=AnswerCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    output_dir = Path(training_arguments.output_dir)
-    finished = (output_dir / "run.json").is_file()
-    checkpoint = None if finished or not output_dir.is_dir() else get_last_checkpoint(str(output_dir))
+    if checkpoint is None and trainer.is_world_process_zero():
+        _start_afresh(output_dir, settings)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=checkpoint)
-    seconds = time.monotonic() - started
+    trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return output_dir
-    trainer.model.save_pretrained(output_dir)
+    model.save_pretrained(str(output_dir))
+    state = trainer.state
     write_json(
-        output_dir / "run.json",
+        output_dir / FINISHED,
         {
             "arguments": asdict(arguments),
             "training_arguments": training_arguments.to_dict(),
             "samples": len(samples),
-            "tokens": sum(len(row["input_ids"]) for row in rows) * training_arguments.num_train_epochs,
-            "trainable_parameters": trainer.model.get_nb_trainable_parameters()[0],
-            "seconds": seconds,
+            "tokens": round(sum(len(row["input_ids"]) for row in rows) * (state.epoch or 0)),
+            "steps": state.global_step,
+            "trainable_parameters": model.get_nb_trainable_parameters()[0],
+            # Of this call: an interrupted run's earlier steps are not in it.
+            "seconds": time.monotonic() - started,
             "resumed_from": checkpoint,
             "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "train_loss": result.training_loss,
-            "loss_curve": [
-                {"step": row["step"], "loss": row["loss"]} for row in trainer.state.log_history if "loss" in row
-            ],
+            "loss_curve": [{"step": row["step"], "loss": row["loss"]} for row in state.log_history if "loss" in row],
             **provenance(),
         },
     )
+    (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
+
+
+def _settings(arguments: TrainArguments, training_arguments: TrainingArguments) -> dict[str, Any]:
+    """Everything that decides the weights, in JSON values."""
+    settings = {
+        "train_file's bytes": hashlib.sha256(Path(arguments.train_file).read_bytes()).hexdigest(),
+        **asdict(arguments),
+        **training_arguments.to_dict(),
+    }
+    # How to go on, and how to show it, may change on the way. A rank is not a setting.
+    for name in ("train_file", "output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "local_rank"):
+        settings.pop(name, None)
+    return json.loads(json.dumps(settings, default=str))
+
+
+def _unfinished_checkpoint(output_dir: Path, settings: dict[str, Any]) -> str | None:
+    """Find the checkpoint from which an interrupted training goes on.
+
+    Raises:
+        ValueError: An unfinished training stands there that this one would not continue.
+    """
+    record = output_dir / UNFINISHED
+    if not record.is_file():
+        if any(output_dir.glob(CHECKPOINTS)) and not (output_dir / FINISHED).is_file():
+            raise ValueError(
+                f"{output_dir} holds checkpoints of another program. Remove them or choose another --output_dir."
+            )
+        return None
+    before = json.loads(record.read_text(encoding="utf-8"))
+    changed = sorted(name for name in before | settings if before.get(name) != settings.get(name))
+    if changed:
+        described = ", ".join(f"{name} {before.get(name)} -> {settings.get(name)}" for name in changed)
+        raise ValueError(
+            f"{output_dir} holds an unfinished training with other settings ({described}). Give the same settings to "
+            "go on; to start afresh, remove the folder or choose another --output_dir."
+        )
+    # The Trainer writes its state last: a checkpoint without it was cut off.
+    whole = [path for path in output_dir.glob(CHECKPOINTS) if (path / TRAINER_STATE_NAME).is_file()]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+
+
+def _start_afresh(output_dir: Path, settings: dict[str, Any]) -> None:
+    """Clear away an earlier training, so that none of it can be taken for this one, and note what begins."""
+    for path in output_dir.glob(CHECKPOINTS):
+        shutil.rmtree(path)
+    for name in (FINISHED, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
+        (output_dir / name).unlink(missing_ok=True)
+    write_json(output_dir / UNFINISHED, settings)

@@ -11,21 +11,22 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import Gemma3Config, LlamaConfig, LlamaForCausalLM, MambaConfig, Trainer, TrainingArguments
+from transformers import (
+    Gemma3Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    Trainer,
+    TrainingArguments,
+)
 
 import tokenizers_for_tests as tokenizers_
-from seal_peft import data
-from seal_peft.data import (
-    IGNORED,
-    AnswerCollator,
-    check_window,
-    encode_prompt,
-    encode_training,
-    make_samples,
-    read_samples,
-    write_samples,
-)
+from seal_peft import data, tokens
+from seal_peft.data import check_window, make_samples, read_samples, window_of, write_samples
 from seal_peft.tasks import Sample, lines
+from seal_peft.tokens import IGNORED, AnswerCollator, encode_prompt, encode_training
 
 TOKENIZERS = {
     "base": tokenizers_.bpe(),
@@ -58,9 +59,9 @@ def test_every_length_is_filled_to_97_percent_and_never_exceeded(tokenizer, leng
         questions_per_context=questions,
         seed=seed,
     )
-    tokens = len(encode_training(sample, tokenizer)["input_ids"])
-    assert 0.97 * length <= tokens <= length
-    assert (sample.n_tokens, sample.length) == (tokens, length)
+    used = len(encode_training(sample, tokenizer)["input_ids"])
+    assert 0.97 * length <= used <= length
+    assert (sample.n_tokens, sample.length) == (used, length)
     assert [message["role"] for message in sample.messages].count("user") == questions
 
 
@@ -254,7 +255,7 @@ def test_labels_are_the_answers_and_their_ends_of_turn_and_nothing_else(name: st
 def test_pieces_together_are_the_tokens_of_the_whole_text(tokenizer) -> None:
     (sample,) = some_samples(tokenizer=tokenizer, num_samples=1, questions_per_context=3)
     if tokenizer.chat_template is None:
-        pieces = data._pieces(sample, tokenizer)[:-1]
+        pieces = tokens._pieces(sample, tokenizer)[:-1]
         whole = tokenizer("".join(piece.text for piece in pieces)).input_ids
     else:
         text = tokenizer.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)
@@ -284,16 +285,16 @@ def test_a_template_that_rewrites_earlier_turns_serves_one_question_and_refuses_
 
 
 def llama_config(**changes) -> LlamaConfig:
-    return LlamaConfig(
-        vocab_size=900,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=2048,
-        **changes,
-    )
+    sizes = {
+        "vocab_size": 900,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+    }
+    return LlamaConfig(**{**sizes, **changes})
 
 
 def test_lengths_up_to_the_window_pass_and_longer_ones_name_it_and_what_extends_it() -> None:
@@ -302,18 +303,76 @@ def test_lengths_up_to_the_window_pass_and_longer_ones_name_it_and_what_extends_
         check_window(llama_config(), 2049)
 
 
-def test_rope_scaling_extends_the_window() -> None:
-    scaled = llama_config(
-        rope_parameters={
-            "rope_type": "yarn",
-            "factor": 4.0,
-            "original_max_position_embeddings": 2048,
-            "rope_theta": 10000.0,
-        }
+# By the published configs, whose windows their authors state.
+@pytest.mark.parametrize(
+    ("rope", "max_positions", "window"),
+    [
+        pytest.param({"rope_type": "linear", "factor": 4.0}, 4096, 16384, id="vicuna-16k"),
+        pytest.param({"rope_type": "dynamic", "factor": 2.0}, 2048, 4096, id="dynamic-ntk"),
+        pytest.param(
+            {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 40960, 131072, id="qwen3"
+        ),
+        pytest.param({"rope_type": "yarn", "factor": 4.0}, 32768, 131072, id="qwen2.5"),
+        pytest.param(
+            {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 4096},
+            163840,
+            163840,
+            id="deepseek-v3",
+        ),
+        pytest.param(
+            {
+                "rope_type": "llama3",
+                "factor": 32.0,
+                "original_max_position_embeddings": 8192,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+            },
+            131072,
+            131072,
+            id="llama-3.2",
+        ),
+        pytest.param(
+            {
+                "rope_type": "longrope",
+                "factor": 32.0,
+                "original_max_position_embeddings": 4096,
+                "short_factor": [1.0] * 4,
+                "long_factor": [2.0] * 4,
+            },
+            131072,
+            131072,
+            id="phi-3",
+        ),
+    ],
+)
+def test_rope_scaling_extends_the_window_as_its_kind_does(rope: dict, max_positions: int, window: int) -> None:
+    config = llama_config(max_position_embeddings=max_positions, rope_parameters={"rope_theta": 10000.0, **rope})
+    assert window_of(config) == window
+    check_window(config, window)
+    with pytest.raises(ValueError, match=f"window of this model is {window} tokens"):
+        check_window(config, window + 1)
+
+
+def test_a_scaling_by_kind_of_layer_is_in_the_published_window() -> None:
+    rope = {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6}
+    config = Gemma3TextConfig(
+        max_position_embeddings=131072,
+        rope_parameters={"full_attention": rope, "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}},
     )
-    check_window(scaled, 8192)
-    with pytest.raises(ValueError, match="window of this model is 8192"):
-        check_window(scaled, 8193)
+    assert window_of(config) == 131072
+
+
+def test_the_factor_that_the_error_names_is_enough() -> None:
+    with pytest.raises(ValueError, match="factor of at least 2.45") as error:
+        check_window(llama_config(), 5000)
+    factor = float(str(error.value).split()[-1].rstrip("."))
+    rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 1e4, "original_max_position_embeddings": 2048}
+    check_window(llama_config(rope_parameters=rope), 5000)
+
+
+def test_learned_positions_cannot_be_extended_and_the_error_says_so() -> None:
+    with pytest.raises(ValueError, match="window of this model is 64 .*learned table"):
+        check_window(GPT2Config(n_positions=64), 65)
 
 
 def test_a_multimodal_model_is_asked_for_the_window_of_its_text_part() -> None:

@@ -1,0 +1,105 @@
+"""The rows of `predictions.jsonl`: appended as answers come, read back after a restart, never taken for others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import try_to_load_from_cache
+
+from .files import replacing
+
+# What `from_pretrained` reads. A fingerprint covers the tokenizer by the prompts themselves.
+_MODEL_FILES = ("config.json", "generation_config.json", "adapter_config.json")
+_WEIGHTS = (".safetensors", ".bin")
+_SMALL = 2**24
+
+
+class Predictions:
+    """Finished answers by fingerprint, with the file that keeps them.
+
+    Args:
+        path: A JSONL file, which need not exist yet.
+
+    Raises:
+        ValueError: The file holds a line that is not a prediction.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._rows: dict[str, dict[str, Any]] = {}
+        if path.is_file():
+            # A kill in the middle of a write leaves half a line, which was never a finished row.
+            *whole, _ = path.read_bytes().split(b"\n")
+            for number, line in enumerate(whole, start=1):
+                try:
+                    row = json.loads(line)
+                    self._rows[row["fingerprint"]] = row
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ValueError(
+                        f"{path}, line {number} is not a row of `seal-peft evaluate`. Remove the file, or choose "
+                        "another --output_dir."
+                    ) from error
+
+    def __contains__(self, fingerprint: str) -> bool:
+        return fingerprint in self._rows
+
+    def score(self, fingerprint: str) -> float:
+        """Return the score of a finished answer."""
+        return self._rows[fingerprint]["score"]
+
+    def keep_only(self, fingerprints: dict[str, list[str]]) -> None:
+        """Drop rows of the given systems that come from other files, settings or samples than those of this run.
+
+        Args:
+            fingerprints: All rows that a system is to have. Rows of systems that are not named here stay.
+        """
+        wanted = {name: set(rows) for name, rows in fingerprints.items()}
+        self._rows = {
+            key: row for key, row in self._rows.items() if row["system"] not in wanted or key in wanted[row["system"]]
+        }
+        if self.path.is_file():
+            with replacing(self.path) as file:
+                file.writelines(_line(row) for row in self._rows.values())
+
+    def add(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Append rows, each with its fingerprint."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+            for row in rows:
+                file.write(_line(row))
+                self._rows[row["fingerprint"]] = row
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return a short name of everything that an answer and its score depend on, given as JSON values."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+def identity(name_or_path: str) -> list[Any]:
+    """Tell one version of a model or adapter from the next.
+
+    Args:
+        name_or_path: A folder: small files count by their bytes, large ones by size and time. A Hub id counts by the
+            commit that was downloaded.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.name in _MODEL_FILES or file.suffix in _WEIGHTS)
+        return [[file.name, *_content(file)] for file in files]
+    cached = (try_to_load_from_cache(name_or_path, name) for name in ("adapter_config.json", "config.json"))
+    return [name_or_path, *(Path(path).parent.name for path in cached if isinstance(path, str))]
+
+
+def _content(file: Path) -> list[Any]:
+    status = file.stat()
+    if status.st_size < _SMALL:
+        return [hashlib.sha256(file.read_bytes()).hexdigest()]
+    return [status.st_size, status.st_mtime_ns]

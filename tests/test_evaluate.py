@@ -1,0 +1,335 @@
+"""Evaluation: who answers what, that finished answers are kept, and that changed files are never taken for old."""
+
+import copy
+import json
+import os
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+import models
+import tokenizers_for_tests as tokenizers_
+from seal_peft import SealConfig
+from seal_peft.data import read_samples
+from seal_peft.evaluate import EvaluateArguments, evaluate
+from seal_peft.loading import load_adapter, load_model, unload_adapter
+from seal_peft.merge import MergeArguments, merge
+from seal_peft.predictions import identity
+from stages import WINDOW, error_of, python, save_model, save_samples, seal
+
+ADAPTERS = {
+    "seal": SealConfig(task_type="CAUSAL_LM", granularity="channel"),
+    "lora": LoraConfig(task_type="CAUSAL_LM", target_modules=["o_proj"], r=2, init_lora_weights=False),
+    "ia3": IA3Config(
+        task_type="CAUSAL_LM", target_modules=["o_proj"], feedforward_modules=["o_proj"], init_ia3_weights=False
+    ),
+}
+
+
+def save_adapter(house: Path, name: str, seed: int = 1) -> Path:
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    torch.manual_seed(seed)
+    model = get_peft_model(base, copy.deepcopy(ADAPTERS[name]))
+    if name == "seal":
+        models.draw_scales(model, seed=seed)
+    model.save_pretrained(str(house / name))
+    return house / name
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("house")
+    save_model(folder / "model")
+    save_samples(folder / "test.jsonl", "test")
+    for name in ADAPTERS:
+        save_adapter(folder, name)
+    merge(MergeArguments(str(folder / "seal"), str(folder / "merged")))
+    return folder
+
+
+@pytest.fixture
+def own_house(house: Path, tmp_path: Path) -> Path:
+    """A copy of the house whose files a test may change."""
+    return Path(shutil.copytree(house, tmp_path / "own"))
+
+
+def evaluate_in(house: Path, folder: Path, systems: tuple[str, ...] = ("seal",), **changes: Any) -> dict[str, Any]:
+    arguments = {
+        "adapters": [str(house / name) for name in systems],
+        "max_new_tokens": 6,
+        "dtype": "float32",
+        **changes,
+    }
+    return evaluate(EvaluateArguments(str(house / "model"), str(house / "test.jsonl"), str(folder), **arguments))
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_bytes().split(b"\n")[:-1]]
+
+
+def answers_of(folder: Path) -> dict[tuple[str, str], str]:
+    rows = rows_of(folder)
+    answers = {(row["system"], row["id"]): row["answer"] for row in rows}
+    assert len(answers) == len(rows)
+    return answers
+
+
+def numbers_of(folder: Path) -> str:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    return json.dumps([metrics["systems"], metrics["cells"]])
+
+
+@pytest.fixture(scope="module")
+def everyone(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("everyone")
+    evaluate_in(house, folder, ("seal", "lora", "ia3"), models=[f"folded={house / 'merged'}"])
+    return folder
+
+
+def test_base_adapters_of_any_method_and_plain_models_answer_in_one_call(house: Path, everyone: Path) -> None:
+    metrics = json.loads((everyone / "metrics.json").read_text())
+    names = ["base", "seal", "lora", "ia3", "folded"]
+    assert list(metrics["systems"]) == names
+    assert all(metrics["systems"][name]["n"] == 6 for name in names)
+    assert metrics["arguments"]["max_new_tokens"] == 6
+    assert metrics["versions"]["torch"]
+    answers = answers_of(everyone)
+    samples = read_samples(house / "test.jsonl")
+    assert answers.keys() == {(name, sample.id) for name in names for sample in samples}
+    for sample in samples:
+        assert answers["folded", sample.id] == answers["seal", sample.id]
+        assert len({answers[name, sample.id] for name in ("base", "seal", "lora", "ia3")}) == 4
+
+
+def test_answers_are_those_of_plain_greedy_generation(house: Path, everyone: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(house / "model")
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    model = PeftModel.from_pretrained(base, house / "seal").eval()
+    for sample in read_samples(house / "test.jsonl"):
+        prompt = tokenizer.apply_chat_template(
+            sample.messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+        written = model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+        answer = tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+        assert answers_of(everyone)["seal", sample.id] == answer
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_batch_size_changes_no_answer(house: Path, everyone: Path, tmp_path: Path, batch_size: int) -> None:
+    evaluate_in(house, tmp_path, per_device_eval_batch_size=batch_size)
+    everyones = answers_of(everyone)
+    assert all(answer == everyones[key] for key, answer in answers_of(tmp_path).items())
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_taken_off_leaves_the_base_bit_for_bit(house: Path, name: str) -> None:
+    model = load_model(str(house / "model"), "float32").eval()
+    before = models.logits(model)
+    adapted = load_adapter(model, str(house / name))
+    assert not torch.equal(models.logits(adapted), before)
+    model = unload_adapter(adapted)
+    assert torch.equal(models.logits(model), before)
+
+
+# --- restarts ------------------------------------------------------------------------------------------------------
+
+
+def test_finished_answers_are_kept_and_only_missing_ones_are_made(
+    house: Path, own_house: Path, tmp_path: Path
+) -> None:
+    evaluate_in(house, tmp_path / "straight", per_device_eval_batch_size=2)
+    evaluate_in(own_house, tmp_path / "again", (), per_device_eval_batch_size=2)
+    path = tmp_path / "again" / "predictions.jsonl"
+    rows = path.read_bytes().splitlines(keepends=True)
+    marked = [line.replace(b'"answer": "', b'"answer": "made by the first call ') for line in rows[:3]]
+    # The third row is one of a batch of two, and a kill left half of the fourth, in the middle of a character.
+    path.write_bytes(b"".join(marked) + '{"system": "base", "answer": "日'.encode()[:-1])
+    evaluate_in(own_house, tmp_path / "again", per_device_eval_batch_size=2)
+    kept = [answer for answer in answers_of(tmp_path / "again").values() if answer.startswith("made by the first")]
+    assert len(kept) == 3
+    straight = answers_of(tmp_path / "straight")
+    made = {key: answer for key, answer in answers_of(tmp_path / "again").items() if answer not in kept}
+    assert len(made) == 12 - 3
+    assert all(straight[key] == answer for key, answer in made.items())
+
+
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(house: Path, tmp_path: Path) -> None:
+    code = """
+import os, signal, sys, torch
+from transformers import GenerationMixin
+from seal_peft.cli import main
+def generate(self, *words, calls=[], generate=GenerationMixin.generate, **named):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return generate(self, *words, **named)
+GenerationMixin.generate = generate
+main(sys.argv[1:])
+"""
+    words = [
+        *("evaluate", "--model_name_or_path", house / "model", "--test_file", house / "test.jsonl"),
+        *("--adapters", house / "seal", house / "lora", "--dtype", "float32", "--max_new_tokens", 6),
+        *("--per_device_eval_batch_size", 2, "--output_dir"),
+    ]
+    assert python(code, *words, tmp_path / "killed").returncode == -signal.SIGKILL
+    assert len(rows_of(tmp_path / "killed")) == 4
+    assert not (tmp_path / "killed" / "metrics.json").exists()
+    assert seal(*words, tmp_path / "killed") == 0
+    assert seal(*words, tmp_path / "straight") == 0
+    for name in ("killed", "straight"):
+        assert len(answers_of(tmp_path / name)) == 18
+    assert answers_of(tmp_path / "killed") == answers_of(tmp_path / "straight")
+    assert numbers_of(tmp_path / "killed") == numbers_of(tmp_path / "straight")
+
+
+def test_a_second_call_adds_nothing_unless_a_few_bytes_of_the_weights_differ(own_house: Path, tmp_path: Path) -> None:
+    evaluate_in(own_house, tmp_path)
+    numbers, rows = numbers_of(tmp_path), rows_of(tmp_path)
+    evaluate_in(own_house, tmp_path, per_device_eval_batch_size=3)
+    assert (numbers_of(tmp_path), rows_of(tmp_path)) == (numbers, rows)
+
+    weights = own_house / "model" / "model.safetensors"
+    status = weights.stat()
+    weights.write_bytes(weights.read_bytes()[:-4] + bytes(4))
+    os.utime(weights, ns=(status.st_atime_ns, status.st_mtime_ns))
+    evaluate_in(own_house, tmp_path)
+    assert {row["fingerprint"] for row in rows_of(tmp_path)}.isdisjoint(row["fingerprint"] for row in rows)
+
+
+def test_a_changed_adapter_is_evaluated_again_in_the_same_process(own_house: Path, tmp_path: Path) -> None:
+    evaluate_in(own_house, tmp_path / "eval")
+    before = answers_of(tmp_path / "eval")
+    save_adapter(own_house, "seal", seed=2)
+    evaluate_in(own_house, tmp_path / "eval")
+    after = answers_of(tmp_path / "eval")
+    assert after.keys() == before.keys()
+    assert all((after[key] == before[key]) == (key[0] == "base") for key in before)
+
+
+@pytest.mark.parametrize("change", [{"max_new_tokens": 3}, {"dtype": "bfloat16"}, {"attn_implementation": "eager"}])
+def test_other_settings_make_other_answers_and_replace_the_old_rows(
+    house: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    evaluate_in(house, tmp_path, ())
+    before = {row["fingerprint"] for row in rows_of(tmp_path)}
+    evaluate_in(house, tmp_path, (), **change)
+    after = {row["fingerprint"] for row in rows_of(tmp_path)}
+    assert len(after) == 6
+    assert not before & after
+
+
+def test_rows_of_systems_that_are_not_in_a_call_stay(house: Path, tmp_path: Path) -> None:
+    evaluate_in(house, tmp_path, ("seal",))
+    metrics = evaluate_in(house, tmp_path, ("lora",), skip_base=True)
+    assert list(metrics["systems"]) == ["lora"]
+    assert {row["system"] for row in rows_of(tmp_path)} == {"base", "seal", "lora"}
+
+
+def test_the_numbers_do_not_depend_on_who_finished_first(house: Path, everyone: Path, tmp_path: Path) -> None:
+    evaluate_in(house, tmp_path, ("ia3",), skip_base=True)
+    evaluate_in(house, tmp_path, ("seal", "lora", "ia3"), models=[f"folded={house / 'merged'}"])
+    assert [row["system"] for row in rows_of(tmp_path)][0] == "ia3"
+    assert numbers_of(tmp_path) == numbers_of(everyone)
+
+
+def test_a_hub_id_is_known_by_the_commit_that_was_downloaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    repo, commit = tmp_path / "models--owner--name", "0123456789" * 4
+    for path, content in {"refs/main": commit, f"snapshots/{commit}/config.json": "{}"}.items():
+        (repo / path).parent.mkdir(parents=True)
+        (repo / path).write_text(content)
+    assert identity("owner/name") == ["owner/name", commit]
+    assert identity("owner/other") == ["owner/other"]
+
+
+# --- the window ----------------------------------------------------------------------------------------------------
+
+
+def test_a_prompt_that_fills_the_window_is_answered_inside_it(tmp_path: Path) -> None:
+    """GPT-2 has learned positions: one step beyond its window is an index error."""
+    tokenizer = tokenizers_.bpe(tokenizers_.CHATML)
+    tokenizer.save_pretrained(tmp_path / "model")
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=400, vocab_size=len(tokenizer), bos_token_id=1)
+    models.seeded(config, AutoModelForCausalLM._model_mapping[GPT2Config]).save_pretrained(tmp_path / "model")
+    save_samples(tmp_path / "test.jsonl", "test")
+    evaluate_in(tmp_path, tmp_path / "eval", (), max_new_tokens=None)
+    assert len(rows_of(tmp_path / "eval")) == 6
+
+
+# --- bad input: the model has no weights, so that whoever would load it fails in another way -------------------------
+
+
+@pytest.fixture
+def refused(own_house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Call evaluate on a model without weights, and return its one line of complaint."""
+    (own_house / "model" / "model.safetensors").unlink()
+
+    def call(*words: object, test_file: Path = own_house / "test.jsonl") -> str:
+        capsys.readouterr()
+        model = own_house / "model"
+        out = tmp_path / "eval"
+        assert seal("evaluate", "--model_name_or_path", model, "--test_file", test_file, "--output_dir", out, *words)
+        assert not out.exists()
+        return error_of(capsys)
+
+    return call
+
+
+def test_a_cut_off_or_broken_adapter_is_found_before_the_model_is_loaded(refused, own_house: Path) -> None:
+    file = own_house / "seal" / "adapter_model.safetensors"
+    content, weights = file.read_bytes(), load_file(file)
+    file.write_bytes(content[:-5])
+    assert "cut off or damaged" in refused("--adapters", own_house / "seal")
+    save_file({name: weight * torch.nan for name, weight in weights.items()}, file, metadata={"format": "pt"})
+    assert "NaN or infinite scales" in refused("--adapters", own_house / "seal")
+    lora = own_house / "lora" / "adapter_model.safetensors"
+    lora.write_bytes(lora.read_bytes()[:-5])
+    assert "cut off or damaged" in refused("--adapters", own_house / "lora")
+
+
+def test_what_is_no_adapter_is_refused_by_name(refused, own_house: Path) -> None:
+    assert "is not an adapter: give a folder that holds" in refused("--adapters", own_house / "model")
+    assert "runs/no/such/adapter' is not an adapter" in refused("--adapters", "runs/no/such/adapter")
+    config = own_house / "seal" / "adapter_config.json"
+    config.write_text(config.read_text().replace('"SEAL"', '"WALRUS"'))
+    assert "method 'WALRUS', which this PEFT does not know" in refused("--adapters", own_house / "seal")
+
+
+def test_names_batches_lengths_and_rows_are_checked_first(refused, own_house: Path) -> None:
+    assert "distinct names" in refused("--adapters", own_house / "seal", f"seal={own_house / 'lora'}")
+    assert "distinct names" in refused("--skip_base")
+    assert "per_device_eval_batch_size=0" in refused("--per_device_eval_batch_size", 0)
+    assert "max_new_tokens=-1" in refused("--max_new_tokens", -1)
+    long = save_samples(own_house / "long.jsonl", "test", length=WINDOW + 100, num_samples=1)
+    assert f"window of this model is {WINDOW} tokens" in refused(test_file=long)
+    task = own_house / "task.jsonl"
+    task.write_text((own_house / "test.jsonl").read_text().replace('"task": "lines"', '"task": "chess"'))
+    assert "There is no task 'chess'. Known tasks: " in refused(test_file=task)
+
+
+def test_an_adapter_for_another_geometry_is_found_before_anyone_answers(
+    own_house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(own_house / "model", head_dim=8)
+    words = ["--model_name_or_path", own_house / "model", "--test_file", own_house / "test.jsonl"]
+    assert seal("evaluate", *words, "--output_dir", tmp_path / "eval", "--adapters", own_house / "seal") == 1
+    assert "trained on 2 attention layers with (num_heads, head_dim) = (4, 12)" in error_of(capsys)
+    assert not (tmp_path / "eval").exists()
+
+
+def test_a_foreign_predictions_file_is_left_alone(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "predictions.jsonl").write_text('{"text": "mine"}\n')
+    words = ["--model_name_or_path", house / "model", "--test_file", house / "test.jsonl", "--output_dir", tmp_path]
+    assert seal("evaluate", *words) == 1
+    assert "predictions.jsonl, line 1 is not a row of `seal-peft evaluate`" in error_of(capsys)
+    assert (tmp_path / "predictions.jsonl").read_text() == '{"text": "mine"}\n'

@@ -1,0 +1,122 @@
+"""The merge stage: a plain checkpoint, whole or not there at all."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+import models
+from seal_peft import SealConfig
+from seal_peft.loading import load_adapter, load_model
+from seal_peft.merge import MergeArguments, merge
+from stages import error_of, python, save_model, seal
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("house")
+    save_adapter(folder, save_model(folder / "model"))
+    return folder
+
+
+def save_adapter(folder: Path, model: Path, name: str = "adapter") -> Path:
+    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32)
+    adapted = get_peft_model(base, SealConfig(task_type="CAUSAL_LM", granularity="channel"))
+    models.draw_scales(adapted)
+    adapted.peft_config["default"].base_model_name_or_path = str(model)
+    adapted.save_pretrained(str(folder / name))
+    return folder / name
+
+
+def test_plain_transformers_loads_the_merged_model_with_the_logits_of_the_adapter(house: Path, tmp_path: Path) -> None:
+    merged = merge(MergeArguments(str(house / "adapter"), str(tmp_path / "new" / "merged")))
+    code = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
+AutoTokenizer.from_pretrained(sys.argv[1])
+assert "seal_peft" not in sys.modules and "peft" not in sys.modules
+torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
+"""
+    torch.save(models.INPUT_IDS, tmp_path / "ids.pt")
+    ended = python(code, merged, tmp_path / "ids.pt", tmp_path / "logits.pt")
+    assert ended.returncode == 0, ended.stderr
+    model = load_model(str(house / "model"), "float32").eval()
+    base = models.logits(model)
+    adapted = models.logits(load_adapter(model, str(house / "adapter")))
+    plain = torch.load(tmp_path / "logits.pt")
+    torch.testing.assert_close(plain, adapted, rtol=1e-5, atol=1e-5)
+    assert (plain - base).abs().max() > 0.01
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["merged"]
+
+
+def test_only_the_attention_outputs_of_the_base_change(house: Path, tmp_path: Path) -> None:
+    merged = load_file(merge(MergeArguments(str(house / "adapter"), str(tmp_path / "merged"))) / "model.safetensors")
+    base = load_file(house / "model" / "model.safetensors")
+    assert merged.keys() == base.keys()
+    for name in base:
+        assert torch.equal(merged[name], base[name]) != ("o_proj" in name), name
+
+
+@pytest.mark.parametrize(("asked", "stored"), [("stored", "bfloat16"), ("float32", "float32")])
+def test_the_merged_model_has_the_dtype_of_the_base_unless_asked(
+    house: Path, tmp_path: Path, asked: str, stored: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(house / "model").save_pretrained(tmp_path / "model")
+    merged = tmp_path / "merged"
+    words = ["--model_name_or_path", tmp_path / "model", "--adapter_name_or_path", house / "adapter"]
+    assert seal("merge", *words, "--dtype", asked, "--output_dir", merged) == 0
+    assert {str(weight.dtype) for weight in load_file(merged / "model.safetensors").values()} == {f"torch.{stored}"}
+
+
+def test_a_crash_in_the_middle_leaves_nothing(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save = PreTrainedModel.save_pretrained
+
+    def crash(model: PreTrainedModel, folder: Path, **options: object) -> None:
+        save(model, folder, **options)
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", crash)
+    with pytest.raises(OSError, match="No space left"):
+        merge(MergeArguments(str(house / "adapter"), str(tmp_path / "merged")))
+    assert not list(tmp_path.iterdir())
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+def refusal(capsys: pytest.CaptureFixture[str], adapter: object, target: Path) -> str:
+    capsys.readouterr()
+    assert seal("merge", "--adapter_name_or_path", adapter, "--output_dir", target) == 1
+    return error_of(capsys)
+
+
+def test_an_existing_target_is_refused_and_untouched(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "exists already. Remove it or choose another --output_dir" in refusal(capsys, house / "adapter", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_broken_and_homeless_adapters_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = save_adapter(tmp_path, save_model(tmp_path / "weightless", weights=False))
+    target = tmp_path / "merged"
+    assert "is not an adapter" in refusal(capsys, tmp_path / "weightless", target)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": None}))
+    assert "does not name its base model. Pass --model_name_or_path" in refusal(capsys, adapter, target)
+    (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/model"}))
+    assert "There is no model folder '/no/such/model'" in refusal(capsys, adapter, target)
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-9])
+    assert "cut off or damaged" in refusal(capsys, adapter, target)
+    assert not target.exists()

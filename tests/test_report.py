@@ -1,0 +1,116 @@
+"""Reports: tables of what metrics.json says, pictures of what an adapter learned, numbers beside each picture."""
+
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import models
+from seal_peft import scales
+from seal_peft.files import write_json
+from seal_peft.report import ReportArguments, plot_scales, report
+from seal_peft.statistics import summarise
+from seal_peft.tasks import Sample
+from stages import error_of, seal
+
+TURNS = [{"role": "user", "content": "?"}]
+
+
+@pytest.fixture
+def metrics_file(tmp_path: Path) -> Path:
+    lengths = [1024, 512, 512, 512]
+    samples = [Sample(str(i), "lines", length, None, TURNS, "1", ["1"], 0) for i, length in enumerate(lengths)]
+    scores = {"base": [0.0, 0.0, 1.0, 0.0], "adapter": [1.0, 1.0, 1.0, 0.0]}
+    facts = {"device": "CPU", "versions": {"torch": "2.13.0", "gguf": None}, "commit": "abc", "date": "2026-11-23"}
+    write_json(tmp_path / "eval" / "metrics.json", {**summarise(samples, scores, "base"), **facts})
+    return tmp_path / "eval" / "metrics.json"
+
+
+def save_adapter(folder: Path, granularity: str = "channel") -> Path:
+    models.adapted(granularity=granularity, task_type="CAUSAL_LM").save_pretrained(str(folder))
+    return folder
+
+
+def table(text: str, header: str) -> list[list[str]]:
+    """Cells of the table that begins with a header cell."""
+    lines = text.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith(f"| {header} |"))
+    rows = itertools.takewhile(lambda line: line.startswith("|"), lines[start:])
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in rows]
+
+
+def test_the_tables_hold_the_numbers_of_the_metrics(metrics_file: Path, tmp_path: Path) -> None:
+    text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(metrics_file))).read_text()
+    systems = json.loads(metrics_file.read_text())["systems"]
+    header, _, base, adapter = table(text, "system")
+    assert header == ["system", "accuracy", "95% interval", "samples", "difference to base"]
+    assert base == ["base", "0.250", f"{systems['base']['low']:.3f} to {systems['base']['high']:.3f}", "4", ""]
+    assert adapter[:2] == ["adapter", "0.750"]
+    assert adapter[4].startswith("+0.500 (")
+    assert table(text, "task")[2:4] == [
+        ["lines", "512", "3", "0.333", "0.667"],
+        ["lines", "1024", "1", "0.000", "1.000"],
+    ]
+    assert "CPU; torch 2.13.0; commit abc; 2026-11-23." in text
+
+
+@pytest.mark.parametrize("granularity", ["head", "channel"])
+def test_a_picture_comes_with_its_numbers(tmp_path: Path, granularity: str) -> None:
+    adapter = save_adapter(tmp_path / "adapter", granularity)
+    text = report(ReportArguments(str(tmp_path / "out"), adapter=str(adapter))).read_text()
+    assert "(scales.png)" in text
+    assert (tmp_path / "out" / "scales.png").read_bytes().startswith(b"\x89PNG")
+    numbers = json.loads((tmp_path / "out" / "scales.json").read_text())
+    learned = scales(adapter)
+    assert numbers["layers"] == list(learned)
+    stacked = torch.stack(list(learned.values()))
+    if granularity == "head":
+        torch.testing.assert_close(torch.tensor(numbers["maps"]["scale"]), stacked)
+    else:
+        means, spread = map(torch.tensor, numbers["maps"].values())
+        torch.testing.assert_close(means, stacked.mean(-1))
+        torch.testing.assert_close(spread, ((stacked - 1) ** 2).mean(-1) ** 0.5)
+
+
+def test_an_untrained_adapter_has_a_picture_too(tmp_path: Path) -> None:
+    plot_scales({"layer": torch.ones(4)}, tmp_path / "ones.png")
+    assert json.loads((tmp_path / "ones.json").read_text())["maps"] == {"scale": [[1.0] * 4]}
+
+
+def test_layers_with_fewer_heads_are_filled_up_as_unchanged(tmp_path: Path) -> None:
+    plot_scales({"a": torch.tensor([0.5, 2.0, 1.5]), "b": torch.tensor([3.0])}, tmp_path / "map.png")
+    assert json.loads((tmp_path / "map.json").read_text())["maps"]["scale"] == [[0.5, 2.0, 1.5], [3.0, 1.0, 1.0]]
+
+
+def test_without_matplotlib_the_error_is_the_line_that_installs_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = save_adapter(tmp_path / "adapter")
+    for name in ("matplotlib", "matplotlib.colors", "matplotlib.figure"):
+        monkeypatch.setitem(sys.modules, name, None)
+    assert seal("report", "--adapter", adapter, "--output_dir", tmp_path / "out") == 1
+    assert error_of(capsys) == 'seal-peft report: error: Pictures need matplotlib: pip install "seal-peft[plot]"'
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "complaint"),
+    [("{", "is not JSON"), ("[]", "is not a metrics.json"), ('{"systems": {}}', "it has no cells")],
+)
+def test_a_file_that_is_no_metrics_file_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str, complaint: str
+) -> None:
+    (tmp_path / "metrics.json").write_text(content)
+    assert seal("report", "--metrics_file", tmp_path / "metrics.json", "--output_dir", tmp_path / "out") == 1
+    assert complaint in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_to_report_is_an_error_that_names_the_flags(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert seal("report", "--output_dir", tmp_path / "out") == 1
+    assert "give --metrics_file, --adapter or both" in error_of(capsys)

@@ -1,0 +1,114 @@
+"""Intervals: against formulas and published numbers, and by the laws that hold for any scores."""
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seal_peft.statistics import mean_interval, paired_difference, summarise
+from seal_peft.tasks import Sample
+
+right_or_wrong = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60)
+graded = st.lists(st.floats(0.0, 1.0), min_size=1, max_size=60)
+
+
+@given(scores=right_or_wrong | graded)
+def test_an_interval_lies_in_the_unit_range_around_its_mean(scores: list[float]) -> None:
+    mean, low, high = mean_interval(scores)
+    assert mean == pytest.approx(math.fsum(scores) / len(scores))
+    assert 0.0 <= low <= mean <= high <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("right", "n", "low", "high"),
+    # Wilson's interval by hand: (p + z²/2n ± z √(p(1-p)/n + z²/4n²)) / (1 + z²/n), z = 1.959964.
+    [(0, 40, 0.0, 0.08762), (40, 40, 0.91238, 1.0), (81, 263, 0.2553, 0.3662), (1, 1, 0.20655, 1.0)],
+)
+def test_right_or_wrong_scores_get_wilsons_interval(right: int, n: int, low: float, high: float) -> None:
+    mean, *ends = mean_interval([1.0] * right + [0.0] * (n - right))
+    assert mean == right / n
+    assert ends == pytest.approx([low, high], abs=5e-5)
+
+
+def test_graded_scores_get_an_interval_that_a_slow_bootstrap_gives_too() -> None:
+    rng = random.Random(1)
+    scores = [rng.random() ** 2 for _ in range(50)]
+    means = sorted(sum(rng.choices(scores, k=50)) / 50 for _ in range(20_000))
+    _, low, high = mean_interval(scores)
+    assert (low, high) == pytest.approx((means[500], means[-500]), abs=0.01)
+
+
+@given(scores=graded)
+def test_the_interval_of_given_scores_is_always_the_same_one(scores: list[float]) -> None:
+    first = mean_interval(scores)
+    random.random()
+    assert mean_interval(scores) == first
+
+
+def paired(both: int, ours: int, theirs: int, neither: int) -> tuple[float, float, float]:
+    """Difference of two systems, by how many samples which of them got right."""
+    scores = [1.0] * both + [1.0] * ours + [0.0] * theirs + [0.0] * neither
+    base = [1.0] * both + [0.0] * ours + [1.0] * theirs + [0.0] * neither
+    return paired_difference(scores, base)
+
+
+def test_paired_right_or_wrong_scores_get_newcombes_interval() -> None:
+    # Newcombe 1998, Statistics in Medicine 17, table II, first example, method 10: 36, 12, 2, 0.
+    assert paired(36, 12, 2, 0) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+
+
+def test_a_difference_without_exception_is_still_not_certain() -> None:
+    difference, low, high = paired(0, 40, 0, 0)
+    assert (difference, high) == (1.0, 1.0)
+    assert low == pytest.approx(1 - math.sqrt(2) * 0.08762, abs=5e-5)
+
+
+@given(pairs=st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2), min_size=1, max_size=40))
+def test_a_difference_lies_in_its_interval_and_turns_around_with_its_sides(pairs: list) -> None:
+    scores, base = map(list, zip(*pairs, strict=True))
+    difference, low, high = paired_difference(scores, base)
+    assert -1.0 <= low <= difference + 1e-12
+    assert difference - 1e-12 <= high <= 1.0
+    assert difference == pytest.approx(sum(scores) / len(scores) - sum(base) / len(base))
+    if all(score != 0.5 for pair in pairs for score in pair):
+        assert paired_difference(base, scores) == pytest.approx((-difference, -high, -low))
+
+
+@pytest.mark.parametrize(("scores", "base"), [([], []), ([1.0], [1.0, 0.0])])
+def test_scores_without_partners_are_refused(scores: list, base: list) -> None:
+    with pytest.raises(ValueError, match="same length, at least 1"):
+        paired_difference(scores, base)
+
+
+# --- the table of metrics.json -------------------------------------------------------------------------------------
+
+
+def sample(length: int, depth: float | None) -> Sample:
+    turns = [{"role": "user", "content": "?"}]
+    return Sample("id", "lines", length, depth, turns, target="1", answers=["1"], seed=0)
+
+
+SAMPLES = [sample(512, 0.0), sample(512, 0.0), sample(512, 1.0), sample(1024, 0.25), sample(1024, 0.75)]
+SCORES = {"base": [0.0, 1.0, 0.0, 0.0, 0.0], "adapter": [1.0, 1.0, 0.0, 1.0, 0.0]}
+
+
+def test_every_system_gets_its_mean_and_every_other_one_its_difference_to_the_base() -> None:
+    systems = summarise(SAMPLES, SCORES, base="base")["systems"]
+    assert [(name, system["accuracy"], system["n"]) for name, system in systems.items()] == [
+        ("base", 0.2, 5),
+        ("adapter", 0.6, 5),
+    ]
+    assert "difference_to_base" not in systems["base"]
+    assert systems["adapter"]["difference_to_base"]["mean"] == pytest.approx(0.4)
+    assert "difference_to_base" not in summarise(SAMPLES, {"adapter": SCORES["adapter"]}, "base")["systems"]["adapter"]
+
+
+def test_cells_go_by_length_and_by_depth_only_where_samples_share_one() -> None:
+    cells = summarise(SAMPLES, SCORES, base="base")["cells"]
+    found = {
+        (cell["length"], cell["depth"]): (cell["accuracy"], cell["n"]) for cell in cells if cell["system"] == "adapter"
+    }
+    assert found == {(512, None): (2 / 3, 3), (512, 0.0): (1.0, 2), (512, 1.0): (0.0, 1), (1024, None): (0.5, 2)}
+    assert len(cells) == 2 * len(found)

@@ -1,0 +1,284 @@
+"""Training: what it writes, that it learns scales and only scales, and that no interrupt changes the outcome."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
+
+import models
+from seal_peft import SealConfig, scales
+from seal_peft.data import read_samples
+from seal_peft.tokens import encode_training
+from seal_peft.train import SealTrainingArguments, TrainArguments, train
+from stages import error_of, python, save_model, save_samples, seal
+
+SETTINGS: dict[str, Any] = {"learning_rate": 0.05, "max_steps": 6, "save_steps": 2, "disable_tqdm": True}
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("house")
+    save_model(folder / "model")
+    save_samples(folder / "train.jsonl", questions=2)
+    return folder
+
+
+def train_in(folder: Path, house: Path, granularity: str = "channel", **changes: Any) -> Path:
+    arguments = TrainArguments(str(house / "model"), str(house / "train.jsonl"), granularity, dtype="float32")
+    return train(arguments, SealTrainingArguments(output_dir=str(folder), **{**SETTINGS, **changes}))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train_in(tmp_path_factory.mktemp("uninterrupted"), house)
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_same_weights(folder: Path, other: Path) -> None:
+    ours, theirs = weights(folder), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+def run_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "run.json").read_text())
+
+
+def test_a_finished_training_is_an_adapter_folder_with_its_record(uninterrupted: Path) -> None:
+    files = {path.name for path in uninterrupted.iterdir() if path.is_file()}
+    assert files == {"adapter_config.json", "adapter_model.safetensors", "README.md", "run.json"}
+    run = run_of(uninterrupted)
+    assert run["arguments"]["granularity"] == "channel"
+    assert run["training_arguments"]["learning_rate"] == 0.05
+    assert (run["samples"], run["steps"], run["resumed_from"]) == (6, 6, None)
+    assert [point["step"] for point in run["loss_curve"]] == [1, 2, 3, 4, 5, 6]
+    assert run["trainable_parameters"] == models.LAYERS * models.HEADS * models.HEAD_DIM
+    assert run["seconds"] > 0
+    assert run["versions"]["torch"]
+    assert 0.97 * 6 * 400 <= run["tokens"] <= 6 * 400
+
+
+def test_the_loss_falls(house: Path, tmp_path: Path) -> None:
+    losses = [point["loss"] for point in run_of(train_in(tmp_path, house, max_steps=24))["loss_curve"]]
+    assert sum(losses[-6:]) < 0.95 * sum(losses[:6])
+
+
+def test_every_scale_moves_and_nothing_else_is_saved(uninterrupted: Path) -> None:
+    saved = weights(uninterrupted)
+    assert len(saved) == models.LAYERS
+    for name, delta in saved.items():
+        assert name.endswith("self_attn.o_proj.seal_delta.weight")
+        assert delta.dtype == torch.float32
+        assert (delta != 0).all()
+
+
+def test_the_paper_trains_one_scale_a_head(house: Path, tmp_path: Path) -> None:
+    learned = scales(train_in(tmp_path, house, granularity="head"))
+    assert {tuple(scale.shape) for scale in learned.values()} == {(models.HEADS,)}
+
+
+def test_the_base_is_recorded_by_a_path_that_holds_in_every_folder(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(house)
+    arguments = TrainArguments("model", "train.jsonl", dtype="float32")
+    train(arguments, SealTrainingArguments(output_dir=str(tmp_path), **{**SETTINGS, "max_steps": 1}))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str((house / "model").resolve())
+
+
+def test_a_plain_trainer_with_ordinary_labels_learns_the_same_scales(
+    house: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(house / "model")
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    model = get_peft_model(base, SealConfig(task_type="CAUSAL_LM", granularity="channel"))
+    arguments = TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=1,
+        report_to="none",
+        save_strategy="no",
+        dataloader_pin_memory=False,
+        **{name: SETTINGS[name] for name in ("learning_rate", "max_steps", "disable_tqdm")},
+    )
+    rows = [encode_training(sample, tokenizer) for sample in read_samples(house / "train.jsonl")]
+    Trainer(model=model, args=arguments, train_dataset=rows).train()
+    ours, theirs = scales(uninterrupted), scales(model)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def test_activation_checkpointing_is_one_flag_in_every_version_of_transformers(tmp_path: Path) -> None:
+    arguments = SealTrainingArguments(str(tmp_path), activation_checkpointing=True)
+    assert arguments.activation_checkpointing is arguments.gradient_checkpointing is True
+    assert not SealTrainingArguments(str(tmp_path)).gradient_checkpointing
+
+
+def test_activation_checkpointing_changes_memory_not_scales(house: Path, uninterrupted: Path, tmp_path: Path) -> None:
+    ours = weights(train_in(tmp_path, house, activation_checkpointing=True))
+    for name, delta in weights(uninterrupted).items():
+        torch.testing.assert_close(ours[name], delta, rtol=1e-5, atol=1e-6)
+
+
+# --- interrupts ----------------------------------------------------------------------------------------------------
+
+
+class Interrupt(TrainerCallback):
+    """Ctrl-C at the end of a step, before its checkpoint is written."""
+
+    at = 0
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        if state.global_step == self.at:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def interrupt_at(monkeypatch: pytest.MonkeyPatch):
+    """Have every Trainer meet a Ctrl-C at some step; step 0 never comes."""
+
+    def set_step(step: int) -> None:
+        callback = type("InterruptAt", (Interrupt,), {"at": step})
+        monkeypatch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*defaults, callback])
+
+    defaults = list(transformers.trainer.DEFAULT_CALLBACKS)
+    return set_step
+
+
+def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
+    house: Path, uninterrupted: Path, tmp_path: Path, interrupt_at
+) -> None:
+    interrupt_at(5)
+    with pytest.raises(KeyboardInterrupt):
+        train_in(tmp_path, house)
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-4", "unfinished.json"}
+    # A kill while a checkpoint is written leaves one without the state that the Trainer writes last.
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    interrupt_at(0)
+    train_in(tmp_path, house)
+    assert_same_weights(tmp_path, uninterrupted)
+    assert run_of(tmp_path)["resumed_from"] == str(tmp_path / "checkpoint-4")
+    assert run_of(tmp_path)["loss_curve"] == run_of(uninterrupted)["loss_curve"]
+    assert not (tmp_path / "unfinished.json").exists()
+
+
+def test_a_killed_training_goes_on_and_ends_with_the_same_weights(
+    house: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    code = """
+import os, signal, sys, transformers
+from seal_peft.cli import main
+class Kill(transformers.TrainerCallback):
+    def on_save(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGKILL)
+transformers.trainer.DEFAULT_CALLBACKS.append(Kill)
+main(sys.argv[1:])
+"""
+    words = [
+        *("train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl"),
+        *("--output_dir", tmp_path, "--dtype", "float32", "--recipe", "default"),
+        *(f"--{name}={value}" for name, value in SETTINGS.items()),
+    ]
+    assert python(code, *words).returncode == -signal.SIGKILL
+    assert not (tmp_path / "run.json").exists()
+    assert seal(*words) == 0
+    assert run_of(tmp_path)["resumed_from"] == str(tmp_path / "checkpoint-2")
+    again = tmp_path / "again"
+    assert seal(*[again if word == tmp_path else word for word in words]) == 0
+    assert_same_weights(tmp_path, again)
+
+
+def test_an_unfinished_training_is_not_continued_with_other_settings(
+    house: Path, tmp_path: Path, interrupt_at
+) -> None:
+    interrupt_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        train_in(tmp_path, house)
+    interrupt_at(0)
+    with pytest.raises(ValueError, match=r"unfinished training .*learning_rate 0.05 -> 0.01.* same settings to go on"):
+        train_in(tmp_path, house, learning_rate=0.01)
+    other = tmp_path / "other.jsonl"
+    save_samples(other, questions=1)
+    with pytest.raises(ValueError, match="unfinished training .*train_file's bytes"):
+        arguments = TrainArguments(str(house / "model"), str(other), dtype="float32")
+        train(arguments, SealTrainingArguments(output_dir=str(tmp_path), **SETTINGS))
+    assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+
+
+def test_a_finished_folder_starts_afresh_and_nothing_old_is_taken_for_new(
+    house: Path, uninterrupted: Path, tmp_path: Path, interrupt_at
+) -> None:
+    train_in(tmp_path, house, learning_rate=0.01, max_steps=4)
+    interrupt_at(1)
+    with pytest.raises(KeyboardInterrupt):
+        train_in(tmp_path, house)
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "unfinished.json"}
+    interrupt_at(0)
+    train_in(tmp_path, house)
+    assert run_of(tmp_path)["resumed_from"] is None
+    assert_same_weights(tmp_path, uninterrupted)
+
+
+def test_checkpoints_of_another_program_are_neither_continued_nor_removed(house: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="checkpoints of another program"):
+        train_in(tmp_path, house)
+    assert (tmp_path / "checkpoint-3").is_dir()
+
+
+# --- bad input: the model has no weights, so that whoever would load it fails in another way -------------------------
+
+
+@pytest.fixture(scope="module")
+def weightless(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(tmp_path_factory.mktemp("weightless"), weights=False, max_position_embeddings=300)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    capsys.readouterr()
+    assert seal("train", *words) == 1
+    return error_of(capsys)
+
+
+def test_samples_beyond_the_window_are_refused_before_the_model_is_loaded(
+    weightless: Path, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = refusal(
+        *(capsys, "--model_name_or_path", weightless, "--train_file", house / "train.jsonl"),
+        *("--output_dir", tmp_path / "out"),
+    )
+    assert "window of this model is 300 tokens" in error
+    assert "YaRN" in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [("", "holds no samples"), ("{}\n", "line 1: Field 'id' is missing"), (None, "No such file")],
+)
+def test_bad_sample_files_are_refused_before_the_model_is_loaded(
+    weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str | None, complaint: str
+) -> None:
+    if rows is not None:
+        (tmp_path / "train.jsonl").write_text(rows)
+    error = refusal(
+        *(capsys, "--model_name_or_path", weightless, "--train_file", tmp_path / "train.jsonl"),
+        *("--output_dir", tmp_path / "out"),
+    )
+    assert complaint in error
+    assert not (tmp_path / "out").exists()
