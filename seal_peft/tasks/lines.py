@@ -13,7 +13,7 @@ from random import Random
 
 from wonderwords import RandomWord
 
-from . import SPLITS, Sample
+from .sample import SPLITS, Sample
 
 NAME = "lines"
 MAX_VALUE = 50_000
