@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from . import lines, metrics
+from . import associative, json_kv, lines, metrics, needle, passkey, uuid_chain
 from .sample import SPLITS, MakeSample, Sample
 
 __all__ = ["SPLITS", "TASKS", "MakeSample", "Sample", "Task", "get_task"]
+
+
+Score = Callable[[str, Sequence[str]], float]
 
 
 @dataclass(frozen=True)
@@ -21,23 +24,90 @@ class Task:
         score: Score, 0.0 to 1.0, of a model's answer against the accepted answers.
         max_new_tokens: Longest answer that evaluation lets a model generate.
         description: One line for `--help` and reports.
+        more_scores: Further scores by name, for comparison with results that others report.
     """
 
     name: str
     make: MakeSample
-    score: Callable[[str, Sequence[str]], float]
+    score: Score
     max_new_tokens: int
     description: str
+    more_scores: Mapping[str, Score] = field(default_factory=dict)
 
+
+_RECALL = {"word_recall": metrics.word_recall}
 
 TASKS: dict[str, Task] = {
-    lines.NAME: Task(
-        name=lines.NAME,
-        make=lines.make,
-        score=metrics.last_integer_match,
-        max_new_tokens=64,
-        description="LongEval line retrieval: give the number of one named line. Score: the answer's last integer.",
-    ),
+    task.name: task
+    for task in (
+        Task(
+            name=lines.NAME,
+            make=lines.make,
+            score=metrics.last_integer_match,
+            max_new_tokens=64,
+            description="LongEval line retrieval: the number of one named line. Score: the answer's last integer.",
+        ),
+        Task(
+            name=needle.ESSAY,
+            make=needle.make,
+            score=metrics.share_of_answers,
+            max_new_tokens=64,
+            description="A random fact hidden in essays. Score: share of its key words named.",
+            more_scores=_RECALL,
+        ),
+        Task(
+            name=needle.NOISE,
+            make=needle.make_noise,
+            score=metrics.share_of_answers,
+            max_new_tokens=64,
+            description="A random fact hidden in plain sentences of our own. Score: share of its key words named.",
+            more_scores=_RECALL,
+        ),
+        Task(
+            name=needle.MULTI,
+            make=needle.make_multi,
+            score=metrics.share_of_answers,
+            max_new_tokens=128,
+            description="Three facts about one thing hidden in essays. Score: share of the facts named.",
+            more_scores=_RECALL,
+        ),
+        Task(
+            name=needle.CLASSIC,
+            make=needle.make_classic,
+            score=metrics.share_of_answers,
+            max_new_tokens=64,
+            description="The San Francisco needle in essays, for testing only. Score: share of its key words named.",
+            more_scores=_RECALL,
+        ),
+        Task(
+            name=passkey.NAME,
+            make=passkey.make,
+            score=metrics.share_of_answers,
+            max_new_tokens=32,
+            description="A number hidden in plain sentences. Score: the number is named.",
+        ),
+        Task(
+            name=json_kv.NAME,
+            make=json_kv.make,
+            score=metrics.share_of_answers,
+            max_new_tokens=64,
+            description="The value of one key in a JSON object of random UUIDs. Score: the value is named.",
+        ),
+        Task(
+            name=uuid_chain.NAME,
+            make=uuid_chain.make,
+            score=metrics.furthest_answer,
+            max_new_tokens=192,
+            description="Follow three links from UUID to UUID. Score: furthest code named, as a share of the way.",
+        ),
+        Task(
+            name=associative.NAME,
+            make=associative.make,
+            score=metrics.share_of_answers,
+            max_new_tokens=32,
+            description="A needle that shares no word with the question. Score: the person is named.",
+        ),
+    )
 }
 
 
