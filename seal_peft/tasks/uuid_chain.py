@@ -76,7 +76,9 @@ def _links(codes: list[str]) -> list[str]:
 def _text(rng: Random, split: str) -> Iterator[str]:
     """Plain sentences with links of other threads among them."""
     sentences = noise(rng, split)
+    # Links are long. If they came at the same sizes for every seed, some lengths could not be filled.
+    yield from islice(sentences, rng.randint(0, _SENTENCES_PER_LINK))
     while True:
         for link in _links([new_uuid(rng, split) for _ in range(HOPS + 1)]):
-            yield from islice(sentences, _SENTENCES_PER_LINK)
             yield link
+            yield from islice(sentences, _SENTENCES_PER_LINK)
