@@ -190,6 +190,8 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
         ("answers", []),
         ("seed", 1.0),
         ("n_tokens", -1),
+        ("answer_prefix", None),
+        ("answer_prefix", "not how the target begins"),
         ("meta", None),
         ("colour", "red"),
     ],

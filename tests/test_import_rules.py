@@ -71,7 +71,8 @@ def test_context_extension_stands_alone():
 
 def test_tasks_are_plain_python():
     for module in modules_of("tasks"):
-        assert not ours(module), module
+        # Essays and questions stand in files of other packages, and `assets` only says where.
+        assert ours(module) <= {"seal_peft.assets"}, module
         assert not foreign(module) & {"torch", "transformers", "peft", "numpy"}, module
 
 

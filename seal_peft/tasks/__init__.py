@@ -2,116 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import MISSING, dataclass, field, fields
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-SPLITS = ("train", "test")
+from . import associative, json_kv, lines, metrics, needle, passkey, uuid_chain
+from .sample import SPLITS, MakeSample, Sample
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One prompt with its answer, as it stands in a JSONL row.
-
-    Attributes:
-        id: Unique name of the sample inside its file.
-        task: Name of the task in the table of tasks; it decides how answers are scored.
-        length: Target length in tokens, of the prompt, its chat template and the answers together.
-        depth: Where the asked fact stands in the context, 0.0 (start) to 1.0 (end); `None` where that has no meaning.
-        messages: Chat turns (`role`, `content`) up to and including the last question. With K questions per
-            context, the first K - 1 questions are followed by their `assistant` turns.
-        target: The last `assistant` turn, what training teaches.
-        answers: Accepted answers to the last question, for scoring.
-        seed: Seed that rebuilds this very sample.
-        n_tokens: Tokens used of `length`, counted with the tokenizer it was fitted to.
-        meta: Anything else worth keeping in the row (JSON values).
-    """
-
-    id: str
-    task: str
-    length: int
-    depth: float | None
-    messages: list[dict[str, str]]
-    target: str
-    answers: list[str]
-    seed: int
-    n_tokens: int = 0
-    meta: dict[str, Any] = field(default_factory=dict)
-
-    @classmethod
-    def from_row(cls, row: Any) -> Sample:
-        """Build a sample from the object of a JSONL row.
-
-        Args:
-            row: What `json.loads` gave.
-
-        Raises:
-            ValueError: If the row is not a sample; the message names the field.
-        """
-        if not isinstance(row, dict):
-            raise ValueError(f"A row is a JSON object with the fields of a sample, not {type(row).__name__}.")
-        for unknown in row.keys() - _FIELD_CHECKS.keys():
-            raise ValueError(f"Field {unknown!r}: samples have no such field, only {', '.join(_FIELD_CHECKS)}.")
-        for known in fields(cls):
-            if known.name not in row:
-                if known.default is MISSING and known.default_factory is MISSING:
-                    raise ValueError(f"Field {known.name!r} is missing.")
-                continue
-            check, allowed = _FIELD_CHECKS[known.name]
-            if not check(row[known.name]):
-                raise ValueError(f"Field {known.name!r} must be {allowed}, not {row[known.name]!r:.80}.")
-        return cls(**row)
+__all__ = ["SPLITS", "TASKS", "MakeSample", "Sample", "Task", "get_task"]
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _are_messages(value: Any) -> bool:
-    turns = isinstance(value, list) and all(
-        isinstance(turn, dict)
-        and turn.keys() == {"role", "content"}
-        and turn["role"] in ("system", "user", "assistant")
-        and isinstance(turn["content"], str)
-        for turn in value
-    )
-    return turns and bool(value) and value[-1]["role"] == "user"
-
-
-_FIELD_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "id": (lambda v: isinstance(v, str) and v != "", "a text that is not empty"),
-    "task": (lambda v: isinstance(v, str) and v != "", "a text that is not empty"),
-    "length": (lambda v: _is_integer(v) and v >= 0, "an integer of at least 0"),
-    "depth": (
-        lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1),
-        "a number from 0 to 1, or null",
-    ),
-    "messages": (_are_messages, "a list of {role, content} turns that ends with a user turn"),
-    "target": (lambda v: isinstance(v, str) and v != "", "a text that is not empty"),
-    "answers": (
-        lambda v: isinstance(v, list) and bool(v) and all(isinstance(answer, str) for answer in v),
-        "a list of at least one text",
-    ),
-    "seed": (_is_integer, "an integer"),
-    "n_tokens": (lambda v: _is_integer(v) and v >= 0, "an integer of at least 0"),
-    "meta": (lambda v: isinstance(v, dict), "an object"),
-}
-
-
-class MakeSample(Protocol):
-    """How a task builds a sample. The same arguments give the same sample, on every machine."""
-
-    def __call__(self, *, seed: int, size: int, depth: float, split: str, questions: int) -> Sample:
-        """Build a sample.
-
-        Args:
-            seed: Decides everything random.
-            size: Number of units (lines, sentences, documents) of context, from `max(1, questions)` up; the tokens
-                grow with it.
-            depth: Place of the fact asked last, 0.0 to 1.0.
-            split: `"train"` or `"test"`; they share no keys, needles or documents.
-            questions: Number of questions, one a turn.
-        """
+Score = Callable[[str, Sequence[str]], float]
 
 
 @dataclass(frozen=True)
@@ -124,26 +24,90 @@ class Task:
         score: Score, 0.0 to 1.0, of a model's answer against the accepted answers.
         max_new_tokens: Longest answer that evaluation lets a model generate.
         description: One line for `--help` and reports.
+        more_scores: Further scores by name, for comparison with results that others report.
     """
 
     name: str
     make: MakeSample
-    score: Callable[[str, Sequence[str]], float]
+    score: Score
     max_new_tokens: int
     description: str
+    more_scores: Mapping[str, Score] = field(default_factory=dict)
 
 
-# The tasks need `Sample`, so they are imported below it.
-from . import lines, metrics  # noqa: E402
+_RECALL = {"word_recall": metrics.word_recall}
 
 TASKS: dict[str, Task] = {
-    lines.NAME: Task(
-        name=lines.NAME,
-        make=lines.make,
-        score=metrics.last_integer_match,
-        max_new_tokens=64,
-        description="LongEval line retrieval: give the number of one named line. Score: the answer's last integer.",
-    ),
+    task.name: task
+    for task in (
+        Task(
+            name=lines.NAME,
+            make=lines.make,
+            score=metrics.last_integer_match,
+            max_new_tokens=64,
+            description="LongEval line retrieval: the number of one named line. Score: the answer's last integer.",
+        ),
+        Task(
+            name=needle.ESSAY,
+            make=needle.make,
+            score=metrics.share_of_answers,
+            max_new_tokens=64,
+            description="A random fact hidden in essays. Score: share of its key words named.",
+            more_scores=_RECALL,
+        ),
+        Task(
+            name=needle.NOISE,
+            make=needle.make_noise,
+            score=metrics.share_of_answers,
+            max_new_tokens=64,
+            description="A random fact hidden in plain sentences of our own. Score: share of its key words named.",
+            more_scores=_RECALL,
+        ),
+        Task(
+            name=needle.MULTI,
+            make=needle.make_multi,
+            score=metrics.share_of_answers,
+            max_new_tokens=128,
+            description="Three facts about one thing hidden in essays. Score: share of the facts named.",
+            more_scores=_RECALL,
+        ),
+        Task(
+            name=needle.CLASSIC,
+            make=needle.make_classic,
+            score=metrics.share_of_answers,
+            max_new_tokens=64,
+            description="The San Francisco needle in essays, for testing only. Score: share of its key words named.",
+            more_scores=_RECALL,
+        ),
+        Task(
+            name=passkey.NAME,
+            make=passkey.make,
+            score=metrics.share_of_answers,
+            max_new_tokens=32,
+            description="A number hidden in plain sentences. Score: the number is named.",
+        ),
+        Task(
+            name=json_kv.NAME,
+            make=json_kv.make,
+            score=metrics.share_of_answers,
+            max_new_tokens=64,
+            description="The value of one key in a JSON object of random UUIDs. Score: the value is named.",
+        ),
+        Task(
+            name=uuid_chain.NAME,
+            make=uuid_chain.make,
+            score=metrics.furthest_answer,
+            max_new_tokens=192,
+            description="Follow three links from UUID to UUID. Score: furthest code named, as a share of the way.",
+        ),
+        Task(
+            name=associative.NAME,
+            make=associative.make,
+            score=metrics.share_of_answers,
+            max_new_tokens=32,
+            description="A needle that shares no word with the question. Score: the person is named.",
+        ),
+    )
 }
 
 

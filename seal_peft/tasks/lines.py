@@ -7,13 +7,13 @@ keys at any size, disjoint keys for training and testing, and several questions 
 
 from __future__ import annotations
 
-import zlib
 from functools import cache
 from random import Random
 
 from wonderwords import RandomWord
 
-from . import SPLITS, Sample
+from .parts import asked_places, check_arguments, half, new_sample
+from .sample import Sample
 
 NAME = "lines"
 MAX_VALUE = 50_000
@@ -48,55 +48,27 @@ def make(*, seed: int, size: int, depth: float, split: str = "test", questions: 
     Raises:
         ValueError: If an argument is out of range.
     """
-    if questions < 1:
-        raise ValueError(f"questions={questions} was given, but a register is asked about at least 1 line.")
-    if size < questions:
-        raise ValueError(
-            f"size={size} lines cannot answer questions={questions}: each question asks another line. "
-            f"Use a size of at least {questions}, or fewer questions."
-        )
-    if not 0.0 <= depth <= 1.0:
-        raise ValueError(f"depth={depth} was given; use a number from 0.0 (first line) to 1.0 (last line).")
-
+    check_arguments("lines", size=size, depth=depth, split=split, questions=questions)
     entries = _entries(seed, size, split)
-    asked = _asked_lines(Random(f"{NAME}/questions/{seed}"), size, round(depth * (size - 1)), questions)
+    asked = asked_places(Random(f"{NAME}/questions/{seed}"), size, round(depth * (size - 1)), questions)
 
     register = "\n".join(f"line {key}: REGISTER_CONTENT is <{value}>" for key, value in entries)
-    first_key, _ = entries[asked[0]]
-    content = f"{_HEADER}\n\n{register}\n\n{_FIRST_QUESTION.format(key=first_key)}"
-    messages = [{"role": "user", "content": content}]
-    for before, now in zip(asked, asked[1:], strict=False):
-        messages.append({"role": "assistant", "content": _answer(*entries[before])})
-        messages.append({"role": "user", "content": _NEXT_QUESTION.format(key=entries[now][0])})
-
-    key, value = entries[asked[-1]]
-    return Sample(
-        id=f"{NAME}-{split}-{seed}",
-        task=NAME,
-        length=0,
-        depth=depth,
-        messages=messages,
-        target=_answer(key, value),
-        answers=[str(value)],
+    turns: list[tuple[str, str]] = []
+    for place in asked:
+        key, value = entries[place]
+        question = _NEXT_QUESTION if turns else _FIRST_QUESTION
+        turns.append((question.format(key=key), _ANSWER.format(key=key, value=value)))
+    return new_sample(
+        NAME,
+        f"{_HEADER}\n\n{register}",
+        turns,
+        [str(entries[asked[-1]][1])],
         seed=seed,
-        meta={"size": size, "split": split, "questions": questions},
+        size=size,
+        depth=depth,
+        split=split,
+        questions=questions,
     )
-
-
-def _answer(key: str, value: int) -> str:
-    return _ANSWER.format(key=key, value=value)
-
-
-def _asked_lines(rng: Random, size: int, target: int, questions: int) -> list[int]:
-    """Indices of the asked lines in the order of asking; the last one is `target`, the others are spread at random."""
-    others: list[int] = []
-    while len(others) < questions - 1:
-        # Places are drawn as fractions: the same seed asks about the same regions at every size.
-        line = int(rng.random() * size)
-        while line == target or line in others:
-            line = (line + 1) % size
-        others.append(line)
-    return [*others, target]
 
 
 def _entries(seed: int, size: int, split: str) -> list[tuple[str, int]]:
@@ -132,15 +104,9 @@ def _new_key(rng: Random, adjectives: tuple[str, ...], nouns: tuple[str, ...]) -
 
 @cache
 def _words(split: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Adjectives, and the half of the nouns that belongs to a split.
-
-    A hash decides, not a shuffle, so that a noun stays on its side when the word list changes.
-    """
-    if split not in SPLITS:
-        raise ValueError(f"split={split!r} was given; use one of {', '.join(SPLITS)}.")
+    """Adjectives, and the half of the nouns that belongs to a split."""
     words = RandomWord()
     # Plain lower-case words only: with an inner hyphen two different pairs could give one key.
     adjectives = sorted(set(words.filter(include_categories=["adjective"], regex="[a-z]+")))
     nouns = sorted(set(words.filter(include_categories=["noun"], regex="[a-z]+")))
-    side = SPLITS.index(split)
-    return tuple(adjectives), tuple(noun for noun in nouns if zlib.crc32(noun.encode()) % 2 == side)
+    return tuple(adjectives), half(nouns, split)
