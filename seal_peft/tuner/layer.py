@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .beside import check_all_names, check_can_merge, check_names, correct_for_merged, with_merged
 from .config import SealConfig
 from .geometry import HeadGeometry
 from .scale import scale_heads
@@ -44,6 +46,8 @@ class SealLayer(BaseTunerLayer):
         geometry: How the input of the base layer splits into heads.
         seal_delta: One `ScaleOffset` per adapter.
         seal_alpha: Strength of each adapter, 1.0 unless changed.
+        outer_layers: Layers of other tuners around this one, the innermost first; see `beside.py`.
+        model_configs: The configs of all adapters of the model, of other methods too.
     """
 
     adapter_layer_names: tuple[str, ...] = ("seal_delta",)
@@ -57,6 +61,8 @@ class SealLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._cached_scale: tuple[Any, list[Tensor], Tensor] | None = None
+        self.outer_layers: tuple[BaseTunerLayer, ...] = ()
+        self.model_configs: Mapping[str, Any] = {}
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
 
@@ -108,6 +114,7 @@ class Linear(nn.Module, SealLayer):
         SealLayer.__init__(self, base_layer, geometry, **kwargs)
         self._active_adapter = adapter_name
         self._original: Any = None
+        self.register_state_dict_pre_hook(check_all_names)
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -116,13 +123,19 @@ class Linear(nn.Module, SealLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         scale = self._active_scale()
-        return self.base_layer(x if scale is None else scale_heads(x, scale), *args, **kwargs)
+        if scale is None:
+            return self.base_layer(x, *args, **kwargs)
+        scaled = scale_heads(x, scale)
+        result = self.base_layer(scaled, *args, **kwargs)
+        return correct_for_merged(self, x, scaled, result) if self.outer_layers else result
 
     def _active_scale(self) -> Tensor | None:
         """Product of the active scales that are not folded into the weight yet; kept between calls in inference."""
         names = [n for n in self.active_adapters if n in self.seal_delta and n not in self.merged_adapters]
         if not names:
             return None
+        if not torch.compiler.is_compiling():
+            check_names(self, names)
         weights = [self.seal_delta[name].weight for name in names]
         trainable = any(w.requires_grad for w in weights)
         if trainable:
@@ -149,7 +162,8 @@ class Linear(nn.Module, SealLayer):
             adapter_names: Adapters to merge; `None` merges the active ones.
 
         Raises:
-            ValueError: `safe_merge` is set and the result is not finite, or the quantised format cannot be merged.
+            ValueError: `safe_merge` is set and the result is not finite, or the quantised format, or the adapter of
+                another method around this layer, does not allow it.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.seal_delta]
         if not names:
@@ -160,12 +174,14 @@ class Linear(nn.Module, SealLayer):
                 f"Scales cannot be merged into {backend.backend_name} weights. Keep the adapter unmerged (it runs on "
                 "any quantised base), or load the base model unquantised to merge."
             )
+        check_can_merge(self)
         before = self._snapshot()
-        original = self._original if self.merged else before
+        original = self._original if self.merged else (before[0], with_merged(self, before[1], sign=-1))
         self._restore(original)
         with torch.no_grad():
             weight = self.get_base_weight()
-            merged = (weight * self._per_input(self.merged_adapters + names)).to(weight.dtype)
+            product = weight * self._per_input(self.merged_adapters + names)
+            merged = with_merged(self, product).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             self._restore(before)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
@@ -178,7 +194,8 @@ class Linear(nn.Module, SealLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._restore(self._original)
+        base, weight = self._original
+        self._restore((base, with_merged(self, weight)))
         self._original = None
         self.merged_adapters.clear()
 
