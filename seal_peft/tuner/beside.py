@@ -200,17 +200,25 @@ def check_names(seal: SealLayer, names: Iterable[str]) -> None:
     """Refuse adapters whose name another method took later: PEFT would mix the two in one file.
 
     Raises:
-        ValueError: The model's config of that name is no longer SEAL's.
+        ValueError: The model's config of that name is no longer SEAL's, or the other method's model deleted it but
+            left the scales in place.
     """
+    configs = seal.model_configs
     for name in names:
-        config = seal.model_configs.get(name)
-        if config is not None and not isinstance(config, SealConfig):
+        config = configs.get(name)
+        if isinstance(config, SealConfig) or not configs:
+            continue
+        if config is not None:
             raise ValueError(_same_name(name, config))
+        raise ValueError(
+            f"The SEAL adapter {name!r} was deleted through the model of another method, which does not reach its "
+            "scales. Delete it through the model that `seal_peft.add_beside` or `load_adapters` returned."
+        )
 
 
 def check_all_names(seal: SealLayer, *_: Any) -> None:
     """`check_names` for every adapter of a layer; also its hook for the moment when PEFT collects what to save."""
-    check_names(seal, seal.seal_delta)
+    check_names(seal, [name for name in seal.seal_delta if name in seal.model_configs])
 
 
 def check_free_name(model: nn.Module, name: str) -> None:

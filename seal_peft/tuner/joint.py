@@ -196,11 +196,19 @@ def _tuner_class(config: PeftConfig) -> type[BaseTuner]:
     return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
 
 
-def _sync(model: Any, inference_mode: bool = False) -> None:
-    """Tell the driver, and the copies of `modules_to_save`, which adapters are active in the layers of all methods."""
+def _sync(model: Any, inference_mode: bool | None = None) -> None:
+    """Tell the driver, and the copies of `modules_to_save`, which adapters are active in the layers of all methods.
+
+    Args:
+        model: A SEAL model.
+        inference_mode: Whether active copies are frozen; `None` leaves all parameters as trainable as they are.
+    """
     active: set[str] = set()
     for layer in model.model.modules():
         if isinstance(layer, BaseTunerLayer):
             active |= layer._get_available_adapters() & set(layer.active_adapters)
     model.active_adapter = [name for name in model.peft_config if name in active]
-    set_on_modules_to_save(model.model, model.active_adapter, inference_mode=inference_mode)
+    trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    set_on_modules_to_save(model.model, model.active_adapter, inference_mode=bool(inference_mode))
+    for parameter, flag in trainable if inference_mode is None else ():
+        parameter.requires_grad_(flag)

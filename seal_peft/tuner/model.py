@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import joint
-from .beside import check_free_name, seal_inside, surround, tuner_layers
+from .beside import check_can_merge, check_free_name, seal_inside, surround, tuner_layers
 from .config import SealConfig
 from .geometry import TARGET_MODULES, HeadGeometry, default_target_modules, head_geometry
 from .layer import Linear, SealLayer
@@ -130,6 +130,13 @@ class SealModel(BaseTuner):
             joint.delete_adapter(self, adapter_name)
         else:
             super().delete_adapter(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        """Ask every layer before the first one is merged."""
+        super()._check_merge_allowed()
+        for layer in self.modules():
+            if isinstance(layer, SealLayer):
+                check_can_merge(layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Offsets are fp32 from the start; give them the dtype of the base only to those who ask for it."""
