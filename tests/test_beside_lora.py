@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -357,6 +358,15 @@ def test_dora_works_unmerged_and_is_refused_by_name_when_merging(order, names_to
         for layer, weight in zip(lora_layers(model).values(), weights, strict=True):
             assert torch.equal(layer.get_base_layer().weight, weight)
     assert torch.equal(logits(model.unload()), logits(base_model("llama")))
+
+
+def test_scales_and_lora_are_not_both_merged_into_quantised_weights():
+    model = build()
+    model.merge_adapter(adapter_names=["style"])
+    layer = next(iter(seal_layers(model).values()))
+    layer.quantization_backend = SimpleNamespace(backend_name="4-bit", supports_merge=True)
+    with pytest.raises(ValueError, match="'style' is merged into 4-bit weights that SEAL scales, too"):
+        layer.merge()
 
 
 def test_another_method_around_is_refused_by_name_when_merging():
