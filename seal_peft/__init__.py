@@ -2,7 +2,18 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .tuner import SealConfig, SealLayer, SealModel, hotswap_adapter, register, scales, set_strength
+from .tuner import (
+    SealConfig,
+    SealLayer,
+    SealModel,
+    activate,
+    add_beside,
+    hotswap_adapter,
+    load_adapters,
+    register,
+    scales,
+    set_strength,
+)
 
 try:
     __version__ = version("seal-peft")
@@ -11,4 +22,15 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 register()
 
-__all__ = ["SealConfig", "SealLayer", "SealModel", "__version__", "hotswap_adapter", "scales", "set_strength"]
+__all__ = [
+    "SealConfig",
+    "SealLayer",
+    "SealModel",
+    "__version__",
+    "activate",
+    "add_beside",
+    "hotswap_adapter",
+    "load_adapters",
+    "scales",
+    "set_strength",
+]

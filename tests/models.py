@@ -275,7 +275,7 @@ def logits(model: nn.Module) -> Tensor:
 def seal_layers(model: nn.Module) -> dict[str, SealLayer]:
     """Return the wrapped projections by their names in the base model."""
     return {
-        name.removeprefix("base_model.model."): module
+        name.removeprefix("base_model.model.").replace(".base_layer", ""): module
         for name, module in model.named_modules()
         if isinstance(module, SealLayer)
     }

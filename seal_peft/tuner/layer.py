@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .beside import check_all_names, check_can_merge, check_names, correct_for_merged, with_merged
 from .config import SealConfig
 from .geometry import HeadGeometry
 from .scale import scale_channels, scale_rows
@@ -45,6 +47,8 @@ class SealLayer(BaseTunerLayer):
         seal_delta: One `ScaleOffset` per adapter.
         seal_alpha: Strength of each adapter, 1.0 unless changed.
         row_scale: Within `scaled_rows`, the scale of every row of the batch.
+        outer_layers: Layers of other tuners around this one, the innermost first; see `beside.py`.
+        model_configs: The configs of all adapters of the model, of other methods too.
     """
 
     adapter_layer_names: tuple[str, ...] = ("seal_delta",)
@@ -59,6 +63,8 @@ class SealLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.row_scale: Tensor | None = None
         self._cached_scale: tuple[Any, list[Tensor], Tensor] | None = None
+        self.outer_layers: tuple[BaseTunerLayer, ...] = ()
+        self.model_configs: Mapping[str, Any] = {}
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
 
@@ -110,6 +116,7 @@ class Linear(nn.Module, SealLayer):
         SealLayer.__init__(self, base_layer, geometry, **kwargs)
         self._active_adapter = adapter_name
         self._original: Any = None
+        self.register_state_dict_pre_hook(check_all_names)
         self.update_layer(adapter_name, config)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -118,26 +125,30 @@ class Linear(nn.Module, SealLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.row_scale is not None:
-            return self.base_layer(scale_rows(x, self.row_scale), *args, **kwargs)
         names = [n for n in self.active_adapters if n in self.seal_delta and n not in self.merged_adapters]
-        if names:
-            weights = [self.seal_delta[name].weight for name in names]
-            if torch.compiler.is_compiling() or any(w.requires_grad or w.is_inference() for w in weights):
-                # Fused optimizers write to weights without counting versions, so nothing may outlive a training step.
-                self._cached_scale = None
-                scale = self._per_channel(names)
-            else:
-                scale = self._frozen_scale(names, weights)
-            x = scale_channels(x, scale)
-        return self.base_layer(x, *args, **kwargs)
+        if self.row_scale is not None:
+            scaled = scale_rows(x, self.row_scale)
+        elif names:
+            scaled = scale_channels(x, self._scale_for(names))
+        else:
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(scaled, *args, **kwargs)
+        return correct_for_merged(self, x, scaled, result) if self.outer_layers else result
 
     def _per_channel(self, adapter_names: list[str]) -> Tensor:
         """Product of the adapters' scales for each input feature, fp32, shape `(num_heads * head_dim,)`."""
         return self.get_scale(adapter_names).expand(self.geometry).reshape(-1)
 
-    def _frozen_scale(self, names: list[str], weights: list[Tensor]) -> Tensor:
-        """The same, kept between calls as long as nothing it depends on changes."""
+    def _scale_for(self, names: list[str]) -> Tensor:
+        """The same for adapters that act unmerged; kept between calls as long as nothing it depends on changes."""
+        if torch.compiler.is_compiling():
+            return self._per_channel(names)
+        check_names(self, names)
+        weights = [self.seal_delta[name].weight for name in names]
+        if any(w.requires_grad or w.is_inference() for w in weights):
+            # Fused optimizers write to weights without counting versions, so nothing may outlive a training step.
+            self._cached_scale = None
+            return self._per_channel(names)
         # `_version` counts in-place writes and `data_ptr` sees moves and replaced tensors; holding on to the tensors
         # keeps a new one from getting the address of an old one.
         key = [(n, w.data_ptr(), w._version, self.seal_alpha[n]) for n, w in zip(names, weights, strict=True)]
@@ -157,7 +168,8 @@ class Linear(nn.Module, SealLayer):
             adapter_names: Adapters to merge; `None` merges the active ones.
 
         Raises:
-            ValueError: `safe_merge` is set and the result is not finite, or the quantised format cannot be merged.
+            ValueError: `safe_merge` is set and the result is not finite, or the quantised format, or the adapter of
+                another method around this layer, does not allow it.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.seal_delta]
         if not names:
@@ -168,15 +180,16 @@ class Linear(nn.Module, SealLayer):
                 f"Scales cannot be merged into {backend.backend_name} weights. Keep the adapter unmerged (it runs on "
                 "any quantised base), or load the base model unquantised to merge."
             )
+        check_can_merge(self)
         before = self._snapshot()
-        original = self._original if self.merged else before
+        original = self._original if self.merged else (before[0], with_merged(self, before[1], sign=-1))
         self._restore(original)
         with torch.no_grad():
             weight = self.get_base_weight()
             scale = self._per_channel(self.merged_adapters + names)
             # Conv1D keeps its weight as (in_features, out_features).
             scale = scale.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else scale
-            merged = (weight * scale).to(weight.dtype)
+            merged = with_merged(self, weight * scale).to(weight.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             self._restore(before)
             raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
@@ -189,7 +202,8 @@ class Linear(nn.Module, SealLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._restore(self._original)
+        base, weight = self._original
+        self._restore((base, with_merged(self, weight)))
         self._original = None
         self.merged_adapters.clear()
 

@@ -16,7 +16,9 @@ from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_qu
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from . import joint
 from .adapters import write_weighted_sum
+from .beside import check_can_merge, check_free_name, seal_inside, surround, tuner_layers
 from .config import SealConfig
 from .geometry import TARGET_MODULES, HeadGeometry, default_target_modules, head_geometry
 from .layer import Linear, SealLayer
@@ -39,6 +41,10 @@ class SealModel(BaseTuner):
     prefix: str = "seal_"
     tuner_layer_cls = SealLayer
     target_module_mapping = TARGET_MODULES
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        check_free_name(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, *args, **kwargs)
 
     def _prepare_adapter_config(self, peft_config: SealConfig, model_config: dict) -> SealConfig:
         if peft_config.target_modules is None:
@@ -76,8 +82,10 @@ class SealModel(BaseTuner):
         peft_config.heads = found
 
     def _geometry(self, config: SealConfig, model: nn.Module, target: nn.Module, name: str) -> HeadGeometry:
-        if isinstance(target, SealLayer):
-            return target.geometry
+        seal = seal_inside(target)
+        if seal is not None:
+            return seal.geometry
+        target = tuner_layers(target)[-1].get_base_layer() if isinstance(target, BaseTunerLayer) else target
         parent = model.get_submodule(name.rpartition(".")[0])
         return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim)
 
@@ -91,16 +99,50 @@ class SealModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        if isinstance(target, SealLayer):
-            target.update_layer(adapter_name, peft_config)
+        seal = seal_inside(target)
+        if seal is not None:
+            seal.update_layer(adapter_name, peft_config)
             return
         geometry = self._geometry(peft_config, self.model, target, current_key)
+        around: list[Any] = tuner_layers(target)
+        if around:  # SEAL goes inside all other tuners: `W diag(s) x + B A x`
+            parent, target_name, target = around[-1], "base_layer", around[-1].get_base_layer()
         kwargs = get_quantization_kwargs(self.model)
         new_module = Linear(target, adapter_name, peft_config, geometry, **kwargs)
+        new_module.model_configs = self.peft_config
         if adapter_name not in self.active_adapters:
             # An additional adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+        for outer in reversed(around):
+            surround(new_module, outer)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters among those of the same method; adapters of other methods stay as they are.
+
+        Args:
+            adapter_name: One name or several, of SEAL or of a method beside it. See `seal_peft.activate` for choosing
+                across methods.
+            inference_mode: Whether the activated adapters are frozen.
+        """
+        if joint.is_joint(self.peft_config):
+            joint.set_adapter(self, adapter_name, inference_mode)
+        else:
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, of SEAL or of a method beside it."""
+        if joint.is_joint(self.peft_config):
+            joint.delete_adapter(self, adapter_name)
+        else:
+            super().delete_adapter(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        """Ask every layer before the first one is merged."""
+        super()._check_merge_allowed()
+        for layer in self.modules():
+            if isinstance(layer, SealLayer):
+                check_can_merge(layer)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Offsets are fp32 from the start; give them the dtype of the base only to those who ask for it."""

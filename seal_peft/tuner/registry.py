@@ -5,6 +5,7 @@ from __future__ import annotations
 from peft import mapping as peft_mapping
 from peft.utils import PeftType, register_peft_method
 
+from .beside import watch
 from .config import SealConfig
 from .model import SealModel
 
@@ -31,6 +32,7 @@ def register() -> None:
             "register its own. Use that implementation, or import only one of the two packages in a process."
         )
     register_peft_method(name=_NAME.lower(), config_cls=SealConfig, model_cls=SealModel)
+    watch()
 
 
 def _add_enum_member(name: str) -> None:

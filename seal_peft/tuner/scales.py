@@ -43,7 +43,8 @@ def scales(model: nn.Module | str | os.PathLike[str], adapter_name: str = "defau
 def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SealLayer)}
     found = {
-        name.removeprefix(_KEY_PREFIX): 1 + layer.seal_delta[adapter_name].weight.detach().float().cpu()
+        name.removeprefix(_KEY_PREFIX).replace(".base_layer", ""): 1
+        + layer.seal_delta[adapter_name].weight.detach().float().cpu()
         for name, layer in layers.items()
         if adapter_name in layer.seal_delta
     }
