@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
 from .geometry import HeadGeometry
+from .quantized import check_gradients_flow, merge_quantized, restore_snapshot, take_snapshot
 from .scale import scale_heads
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
@@ -128,6 +129,7 @@ class Linear(nn.Module, SealLayer):
         if trainable:
             # Fused optimizers write to weights without counting versions.
             self._cached_scale = None
+            check_gradients_flow(self.get_base_layer())
         if trainable or torch.compiler.is_compiling() or any(w.is_inference() for w in weights):
             return self.get_scale(names)
         # `_version` counts in-place writes and `data_ptr` sees moves and replaced tensors; holding on to the tensors
@@ -163,13 +165,15 @@ class Linear(nn.Module, SealLayer):
         before = self._snapshot()
         original = self._original if self.merged else before
         self._restore(original)
-        with torch.no_grad():
-            weight = self.get_base_weight()
-            merged = (weight * self._per_input(self.merged_adapters + names)).to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
+        try:
+            merged = self._write_scaled(self.merged_adapters + names)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+                )
+        except Exception:
             self._restore(before)
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        self.set_base_weight(merged)
+            raise
         self._original = original
         self.merged_adapters.extend(names)
 
@@ -182,6 +186,17 @@ class Linear(nn.Module, SealLayer):
         self._original = None
         self.merged_adapters.clear()
 
+    @torch.no_grad()
+    def _write_scaled(self, adapter_names: list[str]) -> Tensor:
+        """Multiply the original weight by the scales; return the result as it is before a quantiser rounds it."""
+        scale = self._per_input(adapter_names)
+        if self.quantization_backend is not None:
+            return merge_quantized(self, scale)
+        weight = self.get_base_weight()
+        merged = (weight * scale).to(weight.dtype)
+        self.set_base_weight(merged)
+        return merged
+
     def _per_input(self, adapter_names: list[str]) -> Tensor:
         """Scale per input feature, in a shape that multiplies the weight."""
         scale = self.get_scale(adapter_names)
@@ -192,16 +207,14 @@ class Linear(nn.Module, SealLayer):
     def _snapshot(self) -> tuple[nn.Module, Any]:
         """What merging replaces: nothing is written in place, so holding the old objects is a full copy."""
         base = self.get_base_layer()
-        return base, base.weight.data if self.quantization_backend is None else getattr(base, "weight", None)
+        return base, base.weight.data if self.quantization_backend is None else take_snapshot(base)
 
     def _restore(self, snapshot: tuple[nn.Module, Any]) -> None:
         base, weight = snapshot
         if self.quantization_backend is None:
             base.weight.data = weight.to(base.weight)
-            return
-        self.base_layer = base
-        if weight is not None:
-            base.weight = weight
+        else:
+            restore_snapshot(self, weight)
 
     def __repr__(self) -> str:
         return "seal." + super().__repr__()

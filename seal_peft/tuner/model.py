@@ -95,6 +95,13 @@ class SealModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As in PEFT, but put a base layer back as it is: HQQ's has no `weight`, which PEFT copies when unloading."""
+        if isinstance(child, SealLayer) and new_module is child.get_base_layer():
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Offsets are fp32 from the start; give them the dtype of the base only to those who ask for it."""
         if autocast_adapter_dtype:
