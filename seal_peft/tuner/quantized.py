@@ -109,8 +109,9 @@ def _weight_type(base: nn.Module) -> str:
 
 def _requantize(layer: SealLayer, base: nn.Module, scale: Tensor) -> Tensor:
     """Go through PEFT's backend: dequantise, multiply, quantise again."""
-    backend, kind = layer.quantization_backend, _weight_type(base)
-    kind = backend.backend_name if kind == "NoneType" else f"{backend.backend_name} ({kind})"
+    kind = getattr(layer.quantization_backend, "backend_name", "quantised")
+    if "weight" in base._parameters:
+        kind += f" ({_weight_type(base)})"
     if _weight_type(base) == "Params4bit":
         base.weight = _unpacked(base.weight)  # PEFT cannot read the CPU layout
     try:
