@@ -202,9 +202,7 @@ def main() -> int:
         "device": torch.cuda.get_device_name() if arguments.device == "cuda" else arguments.device,
         "date": datetime.date.today().isoformat(),
         "commit": commit,
-        "versions": {
-            p: version(p) for p in ("torch", "transformers", "peft", "bitsandbytes", "torchao", "hqq", "mslk")
-        },
+        "versions": {package: version(package) for package in packages},
         "rows": rows,
     }
     arguments.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

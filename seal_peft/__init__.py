@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from .tuner import SealConfig, SealLayer, SealModel, register, scales
+from .tuner import SealConfig, SealLayer, SealModel, export_ia3, import_ia3, register, save_adapter, scales
 
 try:
     __version__ = version("seal-peft")
@@ -11,4 +11,4 @@ except PackageNotFoundError:  # a source tree that was never installed
 
 register()
 
-__all__ = ["SealConfig", "SealLayer", "SealModel", "__version__", "scales"]
+__all__ = ["SealConfig", "SealLayer", "SealModel", "__version__", "export_ia3", "import_ia3", "save_adapter", "scales"]

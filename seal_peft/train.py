@@ -18,7 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 from .data import AnswerCollator, check_window, encode_training, read_samples
 from .loading import load_config, load_model, load_tokenizer
 from .provenance import provenance, write_json
-from .tuner import SealConfig
+from .tuner import SealConfig, save_adapter
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
 # question each, constant learning rate, one epoch.
@@ -106,7 +106,7 @@ def train(arguments: TrainArguments, training_arguments: TrainingArguments) -> P
     seconds = time.monotonic() - started
     if not trainer.is_world_process_zero():
         return output_dir
-    trainer.model.save_pretrained(output_dir)
+    save_adapter(trainer.model, output_dir)
     write_json(
         output_dir / "run.json",
         {

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import check_weights_file
 from .layer import SealLayer
+from .saving import finish_save
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_SUFFIX = ".seal_delta.weight"
@@ -56,6 +57,7 @@ def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _from_folder(folder: Path) -> dict[str, Tensor]:
+    finish_save(folder)
     path = folder / _WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} is not an adapter folder: there is no {_WEIGHTS_NAME} in it.")
