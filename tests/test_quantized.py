@@ -387,12 +387,13 @@ def test_int4_layouts_of_the_gpu_scale_their_group_numbers_only(layout):
 
 
 @needs("torchao")
-def test_a_format_that_cannot_be_read_back_is_refused_by_name():
+@pytest.mark.parametrize(("layout", "kind"), [("plain", "Int4Tensor"), ("tiles", "Int4TilePackedTo4dTensor")])
+def test_a_format_that_cannot_be_read_back_is_refused_by_name(layout, kind):
     model = quantised_adapter("torchao-int4", "channel")
     for layer in seal_layers(model).values():
-        layer.get_base_layer().weight = nn.Parameter(_int4_tensors()["plain"], requires_grad=False)
+        layer.get_base_layer().weight = nn.Parameter(_int4_tensors()[layout], requires_grad=False)
     before = [layer.get_base_layer().weight for layer in seal_layers(model).values()]
-    with pytest.raises(ValueError, match=r"cannot be merged into torchao \(Int4Tensor\) weights.*Keep the adapter"):
+    with pytest.raises(ValueError, match=rf"cannot be merged into torchao \({kind}\) weights.*Keep the adapter"):
         model.merge_adapter()
     assert [layer.get_base_layer().weight for layer in seal_layers(model).values()] == before
 

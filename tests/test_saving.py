@@ -15,6 +15,7 @@ import peft.peft_model
 import pytest
 import safetensors.torch
 import torch
+from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -216,6 +217,8 @@ def test_a_disk_that_is_really_full_keeps_the_old_adapter(call, tiny_disk):
             save_adapter(new, folder)
         assert sorted(os.listdir(folder)) == FILES
     else:
+        if Version(safetensors.__version__) < Version("0.8"):
+            pytest.skip("writes in place: `pip install 'safetensors>=0.8'`")
         with pytest.raises((OSError, safetensors.SafetensorError), match="No space left"):
             new.save_pretrained(folder)
     assert torch.equal(reads_as(folder), logits(old))
