@@ -261,6 +261,20 @@ def test_unmerging_gives_back_every_stored_tensor_bit_for_bit(name, granularity,
         assert torch.equal(logits(model), logits(quantised(name)))
 
 
+@needs("bitsandbytes")
+@granularities
+@pytest.mark.filterwarnings("ignore:Merging into .* rounds")
+def test_bitsandbytes_finds_its_own_records_again(granularity):
+    model = quantised_adapter("bnb-nf4-double", granularity)
+    bases = [layer.get_base_layer() for layer in seal_layers(model).values()]
+    before = [(base.weight, base.quant_state, dict(vars(base.weight))) for base in bases]
+    model.merge_adapter()
+    assert all(base.quant_state is base.weight.quant_state for base in bases)
+    model.unmerge_adapter()
+    for base, (weight, state, attributes) in zip(bases, before, strict=True):
+        assert base.weight is weight and base.quant_state is state and vars(weight) == attributes
+
+
 @every_format
 @pytest.mark.filterwarnings("ignore:Merging into .* rounds")
 def test_disabling_a_merged_adapter_gives_the_base_back(name):
