@@ -27,7 +27,7 @@ from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
 from .provenance import provenance
 from .tokens import AnswerCollator, encode_training
-from .tuner import SealConfig
+from .tuner import SealConfig, save_adapter
 from .tuner.config import Granularity
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
@@ -147,7 +147,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return output_dir
-    model.save_pretrained(str(output_dir))
+    save_adapter(model, output_dir)
     state = trainer.state
     write_json(
         output_dir / FINISHED,

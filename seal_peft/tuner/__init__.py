@@ -2,10 +2,12 @@
 
 from .adapters import hotswap_adapter, set_strength
 from .config import SealConfig
+from .ia3 import export_ia3, import_ia3
 from .joint import activate, add_beside, load_adapters
 from .layer import SealLayer
 from .model import SealModel
 from .registry import register
+from .saving import save_adapter
 from .scales import scales
 
 __all__ = [
@@ -14,9 +16,12 @@ __all__ = [
     "SealModel",
     "activate",
     "add_beside",
+    "export_ia3",
     "hotswap_adapter",
+    "import_ia3",
     "load_adapters",
     "register",
+    "save_adapter",
     "scales",
     "set_strength",
 ]

@@ -65,7 +65,7 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
             "Create the adapter with the same target modules first, then swap."
         )
     for name, value in saved.items():
-        own = layers[name].seal_delta[adapter_name].weight
+        own = layers[name].offset(adapter_name)
         if value.shape != own.shape or not torch.isfinite(value).all():
             raise ValueError(
                 f"{model_id} does not fit layer {name}: saved shape {tuple(value.shape)}, the model's "
@@ -73,17 +73,17 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
             )
     with torch.no_grad():
         for name, layer in layers.items():
-            weight = layer.seal_delta[adapter_name].weight
+            weight = layer.offset(adapter_name)
             weight.copy_(saved[name]) if name in saved else weight.zero_()
 
 
 def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Write `sum(weight * offset)` over a layer's adapters into another one; one per head is spread over channels."""
-    target = layer.seal_delta[adapter_name].weight
+    target = layer.offset(adapter_name)
     total = torch.zeros_like(target)
     for name, weight in zip(adapters, weights, strict=True):
         if name in layer.seal_delta:
-            offset = layer.seal_delta[name].weight
+            offset = layer.offset(name)
             total += weight * (offset if offset.dim() == target.dim() else offset.unsqueeze(-1))
     target.copy_(total)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,8 @@ from peft.config import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from safetensors import safe_open
 from torch import Tensor
+
+from .saving import discard_save, finish_save
 
 Granularity = Literal["head", "channel"]
 
@@ -53,11 +56,11 @@ class SealConfig(PeftConfig):
     granularity: Granularity = field(
         default="head", metadata={"help": "One scale per attention 'head' (SEAL-H) or per 'channel' of it (SEAL-C)."}
     )
-    target_modules: list[str] | str | None = field(
+    target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Attention output projections: name suffixes or one regex. None: by architecture."},
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave out: name suffixes or one regex."}
     )
     layers_to_transform: list[int] | int | None = field(
@@ -105,15 +108,23 @@ class SealConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is given, `layers_to_transform` must be given, too.")
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config, and name the import that loading needs in the model card beside it, if there is one."""
-        super().save_pretrained(save_directory, **kwargs)
-        card = os.path.join(save_directory, "README.md")
-        if os.path.isfile(card):
-            with open(card, encoding="utf-8") as file:
-                text = file.read()
-            if "import seal_peft" not in text:
-                with open(card, "w", encoding="utf-8") as file:
-                    file.write(text.rstrip("\n") + "\n" + _LOAD_NOTE)
+        """Save the config, and name the import that loading needs in the model card beside it, if there is one.
+
+        Each file appears complete, by a rename.
+        """
+        os.makedirs(save_directory, exist_ok=True)
+        discard_save(save_directory)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as new:
+            super().save_pretrained(new, **kwargs)
+            card = os.path.join(save_directory, "README.md")
+            if os.path.isfile(card):
+                with open(card, encoding="utf-8") as file:
+                    text = file.read()
+                if "import seal_peft" not in text:
+                    with open(os.path.join(new, "README.md"), "w", encoding="utf-8") as file:
+                        file.write(text.rstrip("\n") + "\n" + _LOAD_NOTE)
+            for name in os.listdir(new):
+                os.replace(os.path.join(new, name), os.path.join(save_directory, name))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -125,6 +136,7 @@ class SealConfig(PeftConfig):
             ValueError: The weights file is cut off or is not a safetensors file, or holds scales that are not finite
                 or not of the config's granularity.
         """
+        finish_save(os.path.join(pretrained_model_name_or_path, subfolder or ""))
         weights = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         check_weights_file(weights)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -177,5 +189,5 @@ def check_weights_file(path: str) -> None:
         )
 
 
-def _set_of(names: list[str] | str | None) -> Any:
-    return set(names) if isinstance(names, (list, tuple)) else names
+def _set_of(names: list[str] | set[str] | str | None) -> set[str] | str | None:
+    return names if names is None or isinstance(names, str) else set(names)

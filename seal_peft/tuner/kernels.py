@@ -59,7 +59,7 @@ def product_sum_kernel(x: Tensor, grad: Tensor) -> Tensor:
 if triton is not None:
 
     @triton.jit
-    def _multiply(x, scale, out, tokens, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):
+    def _multiply(x, scale, out, tokens, features, TOKENS: tl.constexpr, FEATURES: tl.constexpr):  # type: ignore[no-untyped-def]
         token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
         feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
         # 64 bits: a long context has more than 2**31 elements.
@@ -70,7 +70,7 @@ if triton is not None:
         tl.store(out + where, value.to(out.dtype.element_ty), mask=mask)
 
     @triton.jit
-    def _product_sum(
+    def _product_sum(  # type: ignore[no-untyped-def]
         x, grad, partial, tokens, features, SUM_TOKENS: tl.constexpr, TOKENS: tl.constexpr, FEATURES: tl.constexpr
     ):
         feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -15,6 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from .beside import check_all_names, check_can_merge, check_names, correct_for_merged, with_merged
 from .config import SealConfig
 from .geometry import HeadGeometry
+from .kept import KeptScale
+from .quantized import check_gradients_flow, merge_quantized, restore_snapshot, take_snapshot
 from .scale import scale_channels, scale_rows
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
@@ -62,9 +65,11 @@ class SealLayer(BaseTunerLayer):
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.row_scale: Tensor | None = None
-        self._cached_scale: tuple[Any, list[Tensor], Tensor] | None = None
+        self._kept_scale: KeptScale | None = None
         self.outer_layers: tuple[BaseTunerLayer, ...] = ()
         self.model_configs: Mapping[str, Any] = {}
+        self.in_features: int | None
+        self.out_features: int | None
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
 
@@ -88,22 +93,9 @@ class SealLayer(BaseTunerLayer):
         if offset is not None and device not in (None, meta) and offset.weight.device != meta:
             self.seal_delta[adapter_name] = offset.to(device)
 
-    def get_scale(self, adapter_names: list[str]) -> Tensor | None:
-        """Return the product of the given adapters' scales.
-
-        Args:
-            adapter_names: Adapters to combine; names that this layer does not hold count as the identity.
-
-        Returns:
-            fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`; `None` where no adapter applies.
-        """
-        names = [name for name in adapter_names if name in self.seal_delta]
-        if not names:
-            return None
-        scale = self.seal_delta[names[0]](self.seal_alpha[names[0]])
-        for name in names[1:]:
-            scale = scale * self.seal_delta[name](self.seal_alpha[name])
-        return scale
+    def offset(self, adapter_name: str) -> nn.Parameter:
+        """Return the learned numbers of an adapter, `s - 1`, shape `(num_heads,)` or `(num_heads, head_dim)`."""
+        return cast(ScaleOffset, self.seal_delta[adapter_name]).weight
 
 
 class Linear(nn.Module, SealLayer):
@@ -125,38 +117,46 @@ class Linear(nn.Module, SealLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        names = [n for n in self.active_adapters if n in self.seal_delta and n not in self.merged_adapters]
         if self.row_scale is not None:
             scaled = scale_rows(x, self.row_scale)
-        elif names:
-            scaled = scale_channels(x, self._scale_for(names))
         else:
-            return self.base_layer(x, *args, **kwargs)
+            scale = self._acting_scale()
+            if scale is None:
+                return self.base_layer(x, *args, **kwargs)
+            scaled = scale_channels(x, scale)
         result = self.base_layer(scaled, *args, **kwargs)
         return correct_for_merged(self, x, scaled, result) if self.outer_layers else result
 
+    def _acting_scale(self) -> Tensor | None:
+        """Product of the active scales that are not in the weight yet; kept between calls while nothing changes."""
+        if torch.compiler.is_compiling():
+            names = self._acting_names()
+            return self._per_channel(names) if names else None
+        if self._kept_scale is not None and self._kept_scale.still_holds(self):
+            check_names(self, self._kept_scale.names)
+            return self._kept_scale.scale
+        self._kept_scale = None
+        names = self._acting_names()
+        check_names(self, names)
+        weights = [self.offset(name) for name in names]
+        if any(weight.requires_grad for weight in weights):
+            # Fused optimizers write to weights without counting versions, so nothing may outlive a training step.
+            check_gradients_flow(self.get_base_layer())
+            return self._per_channel(names)
+        if not names or any(weight.is_inference() for weight in weights):
+            return self._per_channel(names) if names else None
+        # A tensor made in inference mode could not be saved for a later backward pass.
+        with torch.inference_mode(False):
+            self._kept_scale = KeptScale.of(self, names, self._per_channel(names))
+        return self._kept_scale.scale
+
+    def _acting_names(self) -> list[str]:
+        return [n for n in self.active_adapters if n in self.seal_delta and n not in self.merged_adapters]
+
     def _per_channel(self, adapter_names: list[str]) -> Tensor:
         """Product of the adapters' scales for each input feature, fp32, shape `(num_heads * head_dim,)`."""
-        return self.get_scale(adapter_names).expand(self.geometry).reshape(-1)
-
-    def _scale_for(self, names: list[str]) -> Tensor:
-        """The same for adapters that act unmerged; kept between calls as long as nothing it depends on changes."""
-        if torch.compiler.is_compiling():
-            return self._per_channel(names)
-        check_names(self, names)
-        weights = [self.seal_delta[name].weight for name in names]
-        if any(w.requires_grad or w.is_inference() for w in weights):
-            # Fused optimizers write to weights without counting versions, so nothing may outlive a training step.
-            self._cached_scale = None
-            return self._per_channel(names)
-        # `_version` counts in-place writes and `data_ptr` sees moves and replaced tensors; holding on to the tensors
-        # keeps a new one from getting the address of an old one.
-        key = [(n, w.data_ptr(), w._version, self.seal_alpha[n]) for n, w in zip(names, weights, strict=True)]
-        if self._cached_scale is None or self._cached_scale[0] != key:
-            # A tensor made in inference mode could not be saved for a later backward pass.
-            with torch.inference_mode(False):
-                self._cached_scale = (key, [w.detach() for w in weights], self._per_channel(names))
-        return self._cached_scale[2]
+        scales = [self.seal_delta[n](self.seal_alpha[n]) for n in adapter_names if n in self.seal_delta]
+        return reduce(torch.mul, scales).expand(self.geometry).reshape(-1)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Fold scales into the weight, `W <- W diag(s)`, computed in fp32; the bias stays.
@@ -184,16 +184,15 @@ class Linear(nn.Module, SealLayer):
         before = self._snapshot()
         original = self._original if self.merged else (before[0], with_merged(self, before[1], sign=-1))
         self._restore(original)
-        with torch.no_grad():
-            weight = self.get_base_weight()
-            scale = self._per_channel(self.merged_adapters + names)
-            # Conv1D keeps its weight as (in_features, out_features).
-            scale = scale.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else scale
-            merged = with_merged(self, weight * scale).to(weight.dtype)
-        if safe_merge and not torch.isfinite(merged).all():
+        try:
+            merged = self._write_scaled(self.merged_adapters + names)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
+                )
+        except Exception:
             self._restore(before)
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken")
-        self.set_base_weight(merged)
+            raise
         self._original = original
         self.merged_adapters.extend(names)
 
@@ -207,19 +206,30 @@ class Linear(nn.Module, SealLayer):
         self._original = None
         self.merged_adapters.clear()
 
+    @torch.no_grad()
+    def _write_scaled(self, adapter_names: list[str]) -> Tensor:
+        """Multiply the original weight by the scales; return the result as it is before a quantiser rounds it."""
+        scale = self._per_channel(adapter_names)
+        if self.quantization_backend is not None:
+            return merge_quantized(self, scale)
+        # Conv1D keeps its weight as (in_features, out_features).
+        scale = scale.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else scale
+        weight = self.get_base_weight()
+        merged = with_merged(self, weight * scale).to(weight.dtype)
+        self.set_base_weight(merged)
+        return merged
+
     def _snapshot(self) -> tuple[nn.Module, Any]:
         """What merging replaces: nothing is written in place, so holding the old objects is a full copy."""
         base = self.get_base_layer()
-        return base, base.weight.data if self.quantization_backend is None else getattr(base, "weight", None)
+        return base, base.weight.data if self.quantization_backend is None else take_snapshot(base)
 
     def _restore(self, snapshot: tuple[nn.Module, Any]) -> None:
         base, weight = snapshot
         if self.quantization_backend is None:
             base.weight.data = weight.to(base.weight)
-            return
-        self.base_layer = base
-        if weight is not None:
-            base.weight = weight
+        else:
+            restore_snapshot(self, weight)
 
     def __repr__(self) -> str:
         return "seal." + super().__repr__()

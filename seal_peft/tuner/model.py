@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
@@ -144,6 +144,13 @@ class SealModel(BaseTuner):
             if isinstance(layer, SealLayer):
                 check_can_merge(layer)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As in PEFT, but put a base layer back as it is: HQQ's has no `weight`, which PEFT copies when unloading."""
+        if isinstance(child, SealLayer) and new_module is child.get_base_layer():
+            setattr(parent, child_name, new_module)
+            return
+        super()._replace_module(parent, child_name, new_module, child)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Offsets are fp32 from the start; give them the dtype of the base only to those who ask for it."""
         if autocast_adapter_dtype:
@@ -188,9 +195,10 @@ class SealModel(BaseTuner):
             for name, layer in self.model.named_modules()
             if isinstance(layer, SealLayer) and any(adapter in layer.seal_delta for adapter in adapters)
         }
-        granularities = {self.peft_config[adapter].granularity for adapter in adapters}
+        configs = [cast(SealConfig, self.peft_config[adapter]) for adapter in adapters]
+        granularities = {config.granularity for config in configs}
         self.peft_config[adapter_name] = replace(
-            self.peft_config[adapters[0]],
+            configs[0],
             granularity="channel" if "channel" in granularities else "head",
             target_modules=[name.removesuffix(".base_layer") for name in layers],
             exclude_modules=None,

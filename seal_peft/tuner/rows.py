@@ -77,7 +77,7 @@ def _gather(layer: SealLayer, rows: Sequence[str]) -> Tensor | None:
     if not index:
         return None
     with torch.no_grad():
-        offsets = [layer.seal_delta[name].weight for name in index]
+        offsets: list[Tensor] = [layer.offset(name) for name in index]
         wide = max(offset.dim() for offset in offsets)
         offsets = [offset if offset.dim() == 2 else offset.unsqueeze(-1) for offset in offsets]
         if wide == 2:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .config import check_weights_file
 from .layer import SealLayer
+from .saving import finish_save
 
 _WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_SUFFIX = ".seal_delta.weight"
@@ -44,7 +45,7 @@ def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SealLayer)}
     found = {
         name.removeprefix(_KEY_PREFIX).replace(".base_layer", ""): 1
-        + layer.seal_delta[adapter_name].weight.detach().float().cpu()
+        + layer.offset(adapter_name).detach().float().cpu()
         for name, layer in layers.items()
         if adapter_name in layer.seal_delta
     }
@@ -57,6 +58,7 @@ def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 
 def _from_folder(folder: Path) -> dict[str, Tensor]:
+    finish_save(folder)
     path = folder / _WEIGHTS_NAME
     if not path.is_file():
         raise ValueError(f"{folder} is not an adapter folder: there is no {_WEIGHTS_NAME} in it.")

@@ -1,0 +1,217 @@
+"""Exchange with PEFT's IA3: a SEAL adapter as a folder that stock PEFT loads without this package, and the way back.
+
+On the input of a linear layer ("feedforward" in IA3's words) IA3 learns one factor per feature. SEAL-C is that on the
+attention output projections, SEAL-H the same with one value per head.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import IA3Config, PeftConfig
+from peft.utils import get_peft_model_state_dict
+from peft.utils.save_and_load import load_peft_weights
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .config import SealConfig
+from .geometry import HeadGeometry, default_target_modules, head_geometry
+from .layer import SealLayer
+from .saving import write_adapter
+
+_SEAL_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.seal_delta\.weight")
+_IA3_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.ia3_l")
+
+
+def export_ia3(
+    model: nn.Module | str | os.PathLike[str], output_dir: str | os.PathLike[str], adapter_name: str = "default"
+) -> Path:
+    """Write a SEAL adapter as an IA3 adapter, which PEFT loads without this package and with equal logits.
+
+    Args:
+        model: A `PeftModel` with a SEAL adapter, or an adapter folder on disk.
+        output_dir: Folder of the IA3 adapter.
+        adapter_name: Which adapter of the model; a folder holds one adapter and ignores it.
+
+    Returns:
+        The IA3 folder.
+
+    Raises:
+        ValueError: There is no such SEAL adapter, or the head sizes of a folder's layers cannot be told apart.
+    """
+    if isinstance(model, nn.Module):
+        config, state, sizes, conv1d = _seal_in_model(model, adapter_name)
+    else:
+        config, state, sizes = _seal_in_folder(Path(model))
+        conv1d = False  # not on record; PEFT corrects it with a warning where the base has Conv1D layers
+    names, weights = [], {}
+    for key, value in state.items():
+        match = _SEAL_KEY.fullmatch(key)
+        if not match:
+            weights[key] = value  # what `modules_to_save` trains keeps its key
+            continue
+        names.append(match["name"])
+        scale = 1 + value.detach().float().cpu()
+        scale = scale.unsqueeze(-1) if scale.dim() == 1 else scale
+        weights[f"base_model.model.{match['name']}.ia3_l"] = scale.expand(sizes[match["name"]]).reshape(1, -1)
+    ia3 = IA3Config(
+        **_shared(config),
+        # Full names, twice: short ones could hit other modules, and IA3 treats what is only in the first as outputs.
+        target_modules=names,
+        feedforward_modules=names,
+        fan_in_fan_out=conv1d,
+        modules_to_save=config.modules_to_save,
+    )
+    return write_adapter(output_dir, ia3, weights)
+
+
+def import_ia3(
+    folder: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    granularity: Literal["head", "channel"] = "channel",
+    base_model: nn.Module | None = None,
+) -> Path:
+    """Turn an IA3 adapter that scales the inputs of attention output projections into a SEAL adapter.
+
+    Args:
+        folder: The IA3 adapter.
+        output_dir: Folder of the SEAL adapter.
+        granularity: `"channel"` takes every IA3 adapter; `"head"` one whose factors are constant within each head.
+        base_model: The base model, which tells where the heads are. `None` builds its layers, without weights, from
+            the config of the base model that the adapter names.
+
+    Returns:
+        The SEAL folder.
+
+    Raises:
+        ValueError: The adapter is no IA3 adapter, scales outputs or other modules, or its factors are not constant
+            within a head although `granularity="head"`.
+    """
+    source, config = str(folder), PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, IA3Config):
+        raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; import_ia3 reads IA3 adapters.")
+    base_model = _skeleton(config) if base_model is None else base_model
+    projections = _projections(base_model)
+    heads, weights = {}, {}
+    for key, value in load_peft_weights(source, device="cpu").items():
+        match = _IA3_KEY.fullmatch(key)
+        if not match:
+            weights[key] = value
+            continue
+        name = match["name"]
+        _check_scales_heads(name, value, config, projections)
+        heads[name] = projections[name]
+        weights[f"base_model.model.{name}.seal_delta.weight"] = _offset(name, value, projections[name], granularity)
+    if not heads:
+        raise ValueError(f"{folder} holds no IA3 vectors.")
+    order = [name for name, _ in base_model.named_modules() if name in heads]
+    seal = SealConfig(
+        **_shared(config),
+        target_modules=order,
+        granularity=granularity,
+        modules_to_save=config.modules_to_save,
+        heads=[list(heads[name]) for name in order],
+    )
+    return write_adapter(output_dir, seal, weights)
+
+
+def _shared(config: PeftConfig) -> dict[str, Any]:
+    names = ("task_type", "base_model_name_or_path", "revision", "auto_mapping")
+    return {"inference_mode": True, **{name: getattr(config, name) for name in names}}
+
+
+_Sizes = dict[str, HeadGeometry]
+
+
+def _seal_in_model(model: Any, adapter_name: str) -> tuple[SealConfig, dict[str, Tensor], _Sizes, bool]:
+    config = getattr(model, "peft_config", {}).get(adapter_name)
+    if not isinstance(config, SealConfig):
+        known = [name for name, c in getattr(model, "peft_config", {}).items() if isinstance(c, SealConfig)]
+        raise ValueError(f"The model holds no SEAL adapter named {adapter_name!r}. SEAL adapters: {known or 'none'}.")
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, SealLayer)}
+    conv1d = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
+    sizes = {name: layer.geometry for name, layer in layers.items()}
+    return config, get_peft_model_state_dict(model, adapter_name=adapter_name), sizes, conv1d
+
+
+def _seal_in_folder(folder: Path) -> tuple[SealConfig, dict[str, Tensor], _Sizes]:
+    config = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, SealConfig):
+        raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; export_ia3 writes SEAL adapters.")
+    state = load_peft_weights(str(folder), device="cpu")
+    pairs = {HeadGeometry(*pair) for pair in config.heads or []}
+    sizes = {}
+    for key, value in state.items():
+        match = _SEAL_KEY.fullmatch(key)
+        if not match:
+            continue
+        fitting = {pair for pair in pairs if tuple(value.shape) == pair[: value.dim()]}
+        if value.dim() == 2:
+            fitting = {HeadGeometry(*value.shape)}
+        if len(fitting) != 1:
+            raise ValueError(
+                f"The folder {folder} does not tell the head size of {match['name']}: (num_heads, head_dim) of its "
+                f"layers are {sorted(pairs) or 'not recorded'}. Load the adapter on its base model and export that."
+            )
+        (sizes[match["name"]],) = fitting
+    return config, state, sizes
+
+
+def _skeleton(config: PeftConfig) -> nn.Module:
+    """Build the layers of the base model without memory for their weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if not config.base_model_name_or_path:
+        raise ValueError("The adapter does not name its base model. Pass base_model=..., the model it was trained on.")
+    base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(base)
+
+
+def _projections(model: nn.Module) -> _Sizes:
+    """Return the attention output projections of a model and how their inputs split into heads."""
+    config = getattr(model, "config", None)
+    wanted = default_target_modules(model, config.to_dict() if config is not None else {})
+    suffixes = tuple("." + name for name in wanted)
+    return {
+        name: head_geometry(model.get_submodule(name.rpartition(".")[0]), module, name, None, None)
+        for name, module in model.named_modules()
+        if name in wanted or name.endswith(suffixes)
+    }
+
+
+def _check_scales_heads(name: str, vector: Tensor, config: IA3Config, projections: _Sizes) -> None:
+    listed = config.feedforward_modules or []
+    on_input = re.fullmatch(listed, name) if isinstance(listed, str) else name.endswith(tuple(listed))
+    if not on_input or vector.shape[0] != 1:
+        raise ValueError(
+            f"The IA3 vector of {name} scales the outputs of that module (it is not in `feedforward_modules`); SEAL "
+            "scales inputs. Train IA3 with the attention output projections in `feedforward_modules`."
+        )
+    if name not in projections:
+        raise ValueError(
+            f"The IA3 vector of {name} scales a module that does not read attention heads; SEAL has no such scale. "
+            f"Attention output projections of the base: {', '.join(list(projections)[:3])}, ..."
+        )
+    num_heads, head_dim = projections[name]
+    if vector.numel() != num_heads * head_dim:
+        raise ValueError(
+            f"The IA3 vector of {name} has {vector.numel()} factors, but the base model has {num_heads} heads of "
+            f"{head_dim} channels there. Import it with the base model that it was trained on."
+        )
+
+
+def _offset(name: str, vector: Tensor, geometry: HeadGeometry, granularity: str) -> Tensor:
+    offset = vector.float().view(geometry) - 1
+    if granularity == "channel":
+        return offset
+    if not (offset == offset[:, :1]).all():
+        raise ValueError(
+            f"The IA3 factors of {name} differ within a head, so they are no scales per head. Use "
+            "granularity='channel'."
+        )
+    return offset[:, 0].contiguous()

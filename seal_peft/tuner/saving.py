@@ -1,0 +1,131 @@
+"""Saving an adapter so that a crash or a full disk leaves the old one or the new one, never a mixture.
+
+PEFT writes the weights and then the config, in place. Here both are written beside the old ones first. One rename
+makes the new files count; moving them to their places can be interrupted and is finished by whoever comes next.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from peft.config import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+_UNFINISHED, _COMMITTED = ".saving-", ".saved"
+_CARD = "README.md"
+
+
+def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+    """Save one adapter of a model into a folder, all of it or nothing.
+
+    Writes the files of `model.save_pretrained(folder)`, directly into the folder whatever the name of the adapter;
+    other files in the folder stay. If this process is killed on the way, or the disk is full, the adapter that was in
+    the folder before can still be loaded; docs/decisions.md says what is guaranteed for which call.
+
+    Args:
+        model: A `PeftModel`.
+        folder: Where to; made if missing.
+        adapter_name: Which adapter.
+
+    Returns:
+        The folder.
+
+    Raises:
+        OSError: The files cannot be written. What was in the folder is unchanged.
+
+    Example:
+        ```python
+        seal_peft.save_adapter(model, "runs/demo/adapter")
+        ```
+    """
+    with _replacing(Path(folder)) as new:
+        card = Path(folder) / _CARD
+        if card.is_file():
+            shutil.copy(card, new)  # PEFT updates an existing card
+        model.save_pretrained(str(new), selected_adapters=[adapter_name])
+        if adapter_name != "default":
+            for file in (new / adapter_name).iterdir():
+                file.replace(new / file.name)
+            (new / adapter_name).rmdir()
+    return Path(folder)
+
+
+def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: dict[str, Tensor]) -> Path:
+    """Write an adapter folder from its config and weights, all of it or nothing.
+
+    Args:
+        folder: Where to; made if missing.
+        config: Config of any method.
+        weights: Tensors by the names that PEFT saves them under.
+
+    Returns:
+        The folder.
+    """
+    with _replacing(Path(folder)) as new:
+        tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+        save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        config.save_pretrained(str(new))
+    return Path(folder)
+
+
+def finish_save(folder: str | os.PathLike[str]) -> None:
+    """Complete a save that was interrupted after its files counted; do nothing if there is none.
+
+    Raises:
+        OSError: The folder cannot be written to.
+    """
+    committed = Path(folder) / _COMMITTED
+    if not committed.is_dir():
+        return
+    # The weights first: without its config a folder is no adapter to anyone. Two processes may do this at a time.
+    for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, _CARD):
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(committed / name, Path(folder) / name)
+    shutil.rmtree(committed, ignore_errors=True)
+
+
+def discard_save(folder: str | os.PathLike[str]) -> None:
+    """Drop what an interrupted save left behind, because newer files are being written over it."""
+    shutil.rmtree(Path(folder) / _COMMITTED, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write files to, and move them into `folder` at the end."""
+    new = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        finish_save(folder)
+        for left in folder.glob(_UNFINISHED + "*"):
+            shutil.rmtree(left, ignore_errors=True)
+        new = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
+        yield new
+        os.rename(new, folder / _COMMITTED)
+        finish_save(folder)
+    except (OSError, SafetensorError) as error:
+        raise _explained(error, folder) from error
+    finally:
+        if new is not None:
+            shutil.rmtree(new, ignore_errors=True)
+
+
+def _explained(error: Exception, folder: Path) -> OSError:
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+    if not full:
+        return error if isinstance(error, OSError) else OSError(str(error))
+    return OSError(
+        errno.ENOSPC,
+        f"The disk is full: the adapter was not saved ({error}). What was in the folder before is unchanged. Free "
+        "some space and save again",
+        str(folder),
+    )

@@ -1,0 +1,195 @@
+"""Exchange with PEFT's IA3: what is exported loads in stock PEFT, without this package, and gives the same logits."""
+
+import json
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from peft import IA3Config, PeftModel, get_peft_model
+from torch import nn
+
+from models import ARCHITECTURES, adapted, base_model, draw_scales, llama, logits, seal_layers
+from seal_peft import SealConfig, export_ia3, import_ia3
+
+ROUND_TRIP = ["llama", "gemma3_text", "deepseek_v3", "gpt2", "opt", "gpt_neox", "llava-clip"]
+granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
+
+
+def ia3_adapter(base: nn.Module, targets: list[str], inputs: list[str] | None = None) -> PeftModel:
+    """Return a model with IA3 vectors that are not the identity."""
+    config = IA3Config(target_modules=targets, feedforward_modules=targets if inputs is None else inputs)
+    model = get_peft_model(base, config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.uniform_(0.2, 1.8)
+    return model
+
+
+@granularities
+@pytest.mark.parametrize("name", ROUND_TRIP)
+def test_an_exported_adapter_is_a_stock_ia3_adapter(name, granularity, tmp_path):
+    model = adapted(name, granularity)
+    export_ia3(model, tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(name), tmp_path)
+    assert loaded.peft_config["default"].peft_type == "IA3"
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
+    torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(model), rtol=0, atol=2e-5)
+
+
+@granularities
+def test_a_folder_exports_like_its_model(granularity, tmp_path):
+    model = adapted("llama", granularity)
+    model.save_pretrained(tmp_path / "seal")
+    export_ia3(model, tmp_path / "a")
+    export_ia3(tmp_path / "seal", tmp_path / "b")
+    first, second = ((tmp_path / side / "adapter_model.safetensors").read_bytes() for side in "ab")
+    assert first == second
+
+
+def test_export_needs_no_seal_peft_to_load(tmp_path):
+    base_model("llama").save_pretrained(tmp_path / "base")
+    model = adapted("llama")
+    export_ia3(model, tmp_path / "ia3")
+    torch.save(logits(model), tmp_path / "logits.pt")
+    code = f"""
+        import sys, torch
+        from peft import PeftModel
+        from transformers import AutoModelForCausalLM
+        base = AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
+        model = PeftModel.from_pretrained(base, {str(tmp_path / "ia3")!r}).eval()
+        ids = torch.tensor({[[3, 9, 27, 17, 51, 29, 6, 18], [5, 25, 61, 49, 55, 19, 31, 27]]})
+        with torch.no_grad():
+            found = model(input_ids=ids).logits
+        torch.testing.assert_close(found, torch.load({str(tmp_path / "logits.pt")!r}), rtol=0, atol=2e-5)
+        assert "seal_peft" not in sys.modules
+        print("equal")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.stdout.strip() == "equal", done.stderr
+
+
+@granularities
+@pytest.mark.parametrize("name", ROUND_TRIP)
+def test_there_and_back_gives_the_same_scales(name, granularity, tmp_path):
+    model = adapted(name, granularity)
+    export_ia3(model, tmp_path / "ia3")
+    import_ia3(tmp_path / "ia3", tmp_path / "seal", granularity=granularity, base_model=base_model(name))
+    loaded = PeftModel.from_pretrained(base_model(name), tmp_path / "seal")
+    for key, layer in seal_layers(model).items():
+        again = seal_layers(loaded)[key].seal_delta["default"].weight
+        torch.testing.assert_close(again, layer.seal_delta["default"].weight, rtol=0, atol=2e-7)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
+
+
+def test_a_stock_ia3_adapter_becomes_seal_c(tmp_path):
+    model = ia3_adapter(base_model("llama"), ["self_attn.o_proj"])
+    model.save_pretrained(tmp_path / "ia3")
+    import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=base_model("llama"))
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "seal")
+    assert isinstance(loaded.peft_config["default"], SealConfig)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
+
+
+def test_import_builds_the_base_from_its_config(tmp_path):
+    base_model("llama").save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "model.safetensors").unlink()
+    model = adapted("llama")
+    model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    export_ia3(model, tmp_path / "ia3")
+    import_ia3(tmp_path / "ia3", tmp_path / "seal", granularity="head")
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "seal")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
+
+
+def test_every_full_name_survives_many_layers(tmp_path):
+    # PEFT shortens long lists of targets when it loads them (PEFT issue 2429).
+    base = llama(num_hidden_layers=24)
+    model = get_peft_model(llama(num_hidden_layers=24), SealConfig(layers_to_transform=list(range(1, 24))))
+    draw_scales(model)
+    export_ia3(model, tmp_path / "ia3")
+    names = sorted(f"model.layers.{index}.self_attn.o_proj" for index in range(1, 24))
+    stock = PeftModel.from_pretrained(llama(num_hidden_layers=24), tmp_path / "ia3")
+    stock.save_pretrained(tmp_path / "again")
+    for folder in ("ia3", "again"):
+        config = json.loads((tmp_path / folder / "adapter_config.json").read_text())
+        assert sorted(config["target_modules"]) == sorted(config["feedforward_modules"]) == names
+    import_ia3(tmp_path / "again", tmp_path / "seal", granularity="head", base_model=base)
+    loaded = PeftModel.from_pretrained(llama(num_hidden_layers=24), tmp_path / "seal")
+    assert sorted(seal_layers(loaded)) == names
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-4)
+
+
+def test_conv1d_is_recorded(tmp_path):
+    export_ia3(adapted("gpt2"), tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["fan_in_fan_out"] is True
+
+
+def test_layers_of_different_head_sizes_keep_theirs(tmp_path):
+    if "gemma4_text" not in ARCHITECTURES:
+        pytest.skip("needs a transformers with Gemma 4: `pip install -U transformers`")
+    model = adapted("gemma4_text")
+    export_ia3(model, tmp_path / "ia3")
+    import_ia3(tmp_path / "ia3", tmp_path / "seal", granularity="head", base_model=base_model("gemma4_text"))
+    loaded = PeftModel.from_pretrained(base_model("gemma4_text"), tmp_path / "seal")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
+    model.save_pretrained(tmp_path / "folder")
+    with pytest.raises(ValueError, match="does not tell the head size of .* Load the adapter on its base model"):
+        export_ia3(tmp_path / "folder", tmp_path / "other")
+
+
+def test_modules_to_save_travel(tmp_path):
+    model = adapted("llama", modules_to_save=["lm_head"])
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["default"].weight.mul_(2)
+    export_ia3(model, tmp_path / "ia3")
+    stock = PeftModel.from_pretrained(base_model("llama"), tmp_path / "ia3")
+    torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=4e-5)
+    import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=base_model("llama"))
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "seal")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=4e-5)
+
+
+@pytest.mark.parametrize(
+    ("targets", "inputs", "message"),
+    [
+        (["o_proj"], [], "scales the outputs of that module"),
+        (["k_proj", "o_proj"], ["o_proj"], r"k_proj scales the outputs of that module"),
+        (["o_proj", "down_proj"], None, "down_proj scales a module that does not read attention heads"),
+        (["q_proj"], None, "q_proj scales a module that does not read attention heads"),
+    ],
+)
+def test_other_ia3_adapters_are_refused(targets, inputs, message, tmp_path):
+    ia3_adapter(base_model("llama"), targets, inputs).save_pretrained(tmp_path / "ia3")
+    with pytest.raises(ValueError, match=message):
+        import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=base_model("llama"))
+    assert not (tmp_path / "seal").exists()
+
+
+def test_factors_that_differ_within_a_head_are_no_scales_per_head(tmp_path):
+    export_ia3(adapted("llama", "channel"), tmp_path / "ia3")
+    with pytest.raises(ValueError, match="differ within a head.*Use granularity='channel'"):
+        import_ia3(tmp_path / "ia3", tmp_path / "seal", granularity="head", base_model=base_model("llama"))
+
+
+def test_a_base_of_another_size_is_refused(tmp_path):
+    export_ia3(adapted("llama"), tmp_path / "ia3")
+    with pytest.raises(ValueError, match="has 48 factors, but the base model has 4 heads of 16 channels"):
+        import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=llama(head_dim=16))
+
+
+def test_adapters_of_the_wrong_kind_are_refused(tmp_path):
+    model = adapted("llama")
+    model.save_pretrained(tmp_path / "seal")
+    export_ia3(model, tmp_path / "ia3")
+    with pytest.raises(ValueError, match="import_ia3 reads IA3 adapters"):
+        import_ia3(tmp_path / "seal", tmp_path / "x")
+    with pytest.raises(ValueError, match="export_ia3 writes SEAL adapters"):
+        export_ia3(tmp_path / "ia3", tmp_path / "x")
+    with pytest.raises(ValueError, match=r"no SEAL adapter named 'other'. SEAL adapters: \['default'\]"):
+        export_ia3(model, tmp_path / "x", adapter_name="other")
+    with pytest.raises(ValueError, match="does not name its base model. Pass base_model"):
+        import_ia3(tmp_path / "ia3", Path(tmp_path / "x"))
