@@ -96,7 +96,7 @@ def make(name: str, dataset: str, *, seed: int, size: int, depth: float, split: 
     if others is None:
         raise ValueError(
             f"size={size} was given, but {dataset} has only {sum(known.lengths)} words of documents for {split!r}. "
-            f"Use lengths up to about {round(sum(known.lengths) * 1.2, -4)} tokens for {name}, or another task."
+            f"Use lengths up to about {int(round(sum(known.lengths) * 1.2, -4))} tokens for {name}, or another task."
         )
     # The document with the last answer keeps its place, everything else is mixed.
     mixed = [*gold[1:], *others]

@@ -9,7 +9,7 @@ short; `docs/ruler.md` gives the reasons:
 
 - Sizes: each sample is fitted to 97..100% of the length, chat template and true answer included. A length that is too
   short is an error, not an endless loop. The last noise line may be shorter. The repeats of common words change at
-  550 numbered words (about 4,096 tokens), not at 4,096 tokens; pairs of words follow when the words are used up.
+  550 numbered words (3,500 tokens of SmolLM2), not at 4,096 tokens; pairs of words follow when words are used up.
   Documents on HotpotQA's subject may be left out, and the last documents are chosen to fill the length.
 - Chance: one seed a sample decides everything. NVIDIA shuffles needles, word lists, coded text and documents with one
   fixed seed, so answers stand at the same places in every sample. The asked needle or document stands at `depth`.

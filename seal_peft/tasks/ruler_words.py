@@ -22,7 +22,8 @@ _EXAMPLE_NAME = 3
 _NAME = 5
 
 _COMMON = 10
-# Lists of this many numbered words and more repeat their words 30 and 3 times, shorter ones 6 times and once.
+# Prompts of this many numbered words and more repeat them 30 and 3 times, shorter ones 6 times and once. At 4,096
+# tokens every usual tokenizer is above it (SmolLM2, which cuts numbers into digits, has some 640 words there).
 _LONG_LIST = 550
 
 _CODED_LENGTH = 6
