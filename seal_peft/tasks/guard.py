@@ -20,6 +20,8 @@ _PASSAGE = (
 _EXAMPLES = "Follow the last instruction. Answer as in the examples, with the result alone.\n\n{examples}\n\n{asked}"
 _EXAMPLE = "Instruction: {instruction}\nAnswer: {answer}"
 _ASKED = "Instruction: {instruction}"
+# Small models chat without it, and the score would say more about their manners than about their skill.
+_PREFIX = "Answer:"
 
 
 def make_qa(*, seed: int, size: int, depth: float, split: str, questions: int) -> Sample:
@@ -56,15 +58,16 @@ def make_qa(*, seed: int, size: int, depth: float, split: str, questions: int) -
         length=0,
         depth=depth,
         messages=[{"role": "user", "content": _PASSAGE.format(passage=" ".join(passage), question=question.text)}],
-        target=question.answers[0],
+        target=f"{_PREFIX} {question.answers[0]}",
         answers=list(question.answers),
         seed=seed,
+        answer_prefix=_PREFIX,
         meta={"size": size, "split": split, "questions": 1},
     )
 
 
 def make_instructions(*, seed: int, size: int, depth: float, split: str, questions: int) -> Sample:
-    """Build a small instruction with one right answer, after solved examples of instructions like it.
+    """Build a small instruction with one right answer, after solved examples of its kind.
 
     Args:
         seed: Decides everything random.
@@ -77,36 +80,34 @@ def make_instructions(*, seed: int, size: int, depth: float, split: str, questio
         ValueError: If an argument is out of range.
     """
     check_arguments("examples", size=size, depth=depth, split=split, questions=questions)
-    asked = [_instruction(Random(f"{INSTRUCTIONS}/asked/{index}/{seed}"), split) for index in range(questions)]
+    # One kind a sample: examples of other kinds lead small models to answer those instead.
+    kind = Random(f"{INSTRUCTIONS}/kind/{seed}").choice(_KINDS)
+    asked = [kind(Random(f"{INSTRUCTIONS}/asked/{index}/{seed}"), split) for index in range(questions)]
     rng = Random(f"{INSTRUCTIONS}/examples/{seed}")
-    solved = [_instruction(rng, split) for _ in range(size)]
+    solved = [kind(rng, split) for _ in range(size)]
     examples = "\n\n".join(_EXAMPLE.format(instruction=text, answer=answer) for text, answer in solved)
     messages: list[dict[str, str]] = []
     for text, answer in asked:
         content = _ASKED.format(instruction=text)
         content = content if messages else _EXAMPLES.format(examples=examples, asked=content)
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": f"{_PREFIX} {answer}"}]
     return Sample(
         id=f"{INSTRUCTIONS}-{split}-{seed}",
         task=INSTRUCTIONS,
         length=0,
         depth=None,
         messages=messages[:-1],
-        target=answer,
+        target=f"{_PREFIX} {answer}",
         answers=[answer],
         seed=seed,
+        answer_prefix=_PREFIX,
         meta={"size": size, "split": split, "questions": questions},
     )
 
 
-def _instruction(rng: Random, split: str) -> tuple[str, str]:
-    """An instruction and its answer, of a kind drawn at random."""
-    return rng.choice(_KINDS)(rng, split)
-
-
 def _arithmetic(rng: Random, split: str) -> tuple[str, str]:
     while True:
-        a, b = rng.randint(2, 99), rng.randint(2, 99)
+        a, b = rng.randint(1, 50), rng.randint(1, 50)
         sign = rng.choice("+-")
         if belongs(f"{a}{sign}{b}", split) and (sign == "+" or a >= b):
             return f"Calculate {a} {sign} {b}.", str(a + b if sign == "+" else a - b)

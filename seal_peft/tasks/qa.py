@@ -32,7 +32,7 @@ _OWN = Template(
     "Several documents follow, with numbers in front. Read them, then answer the question behind them from what they "
     "say. Answer with a name, a number, a few words, or yes or no, and nothing else.\n\n{context}\n\n"
     "Question: {query}",
-    "",
+    "Answer:",
 )
 _OWN_DOCUMENT = "[{i}] {document}"
 
@@ -111,7 +111,7 @@ def make(name: str, dataset: str, *, seed: int, size: int, depth: float, split: 
     messages = []
     for prompt, question in zip([template.prompt, *[template.question] * (questions - 1)], asked, strict=True):
         messages.append({"role": "user", "content": prompt.format(context=context, query=question.text)})
-        answer = f"{prefix} {question.answers[0]}" if prefix else question.answers[0]
+        answer = f"{prefix} {question.answers[0]}"
         messages.append({"role": "assistant", "content": answer})
     return Sample(
         id=f"{name}-{split}-{seed}",
