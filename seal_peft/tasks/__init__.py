@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
-from . import associative, json_kv, lines, metrics, needle, passkey, uuid_chain
+from . import associative, guard, json_kv, lines, metrics, needle, passkey, qa, ruler, uuid_chain
 from .sample import SPLITS, MakeSample, Sample
 
 __all__ = ["SPLITS", "TASKS", "MakeSample", "Sample", "Task", "get_task"]
@@ -106,6 +107,35 @@ TASKS: dict[str, Task] = {
             score=metrics.share_of_answers,
             max_new_tokens=32,
             description="A needle that shares no word with the question. Score: the person is named.",
+        ),
+        *(Task(*row) for row in ruler.ROWS),
+        Task(
+            name=qa.SINGLE,
+            make=partial(qa.make, qa.SINGLE, "squad"),
+            score=metrics.token_f1,
+            max_new_tokens=32,
+            description="A question of SQuAD: one of many documents answers it. Score: token F1.",
+        ),
+        Task(
+            name=qa.MULTI,
+            make=partial(qa.make, qa.MULTI, "hotpotqa"),
+            score=metrics.token_f1,
+            max_new_tokens=32,
+            description="A question of HotpotQA: two of many documents answer it together. Score: token F1.",
+        ),
+        Task(
+            name=guard.QA,
+            make=guard.make_qa,
+            score=metrics.token_f1,
+            max_new_tokens=32,
+            description="Short guard, up to 1,000 tokens: a question of SQuAD about one passage. Score: token F1.",
+        ),
+        Task(
+            name=guard.INSTRUCTIONS,
+            make=guard.make_instructions,
+            score=metrics.first_line_match,
+            max_new_tokens=32,
+            description="Short guard: small instructions with one right answer. Score: the first line is just that.",
         ),
     )
 }

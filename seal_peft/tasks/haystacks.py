@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import zlib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from random import Random
@@ -13,14 +12,14 @@ from random import Random
 from wonderwords import RandomWord
 
 from ..assets import long_context_eval_file
-from .sample import SPLITS
+from .parts import half
 
 logger = logging.getLogger(__name__)
 
 # A full stop behind these ends no sentence. Single capital letters are initials and belong to them, too.
 _ABBREVIATIONS = frozenset(
-    "e.g i.e etc vs cf Mr Mrs Ms Dr Prof St Jr Sr Inc Ltd Co Corp No Vol pp ed eds Fig Jan Feb Mar Apr Jun Jul Aug Sept "
-    "Sep Oct Nov Dec".split()
+    "e.g i.e etc vs cf Mr Mrs Ms Dr Prof St Jr Sr Inc Ltd Co Corp No Vol pp ed eds Fig Jan Feb Mar Apr Jun Jul Aug "
+    "Sep Sept Oct Nov Dec".split()
 )
 _SENTENCE_END = re.compile(r"""(\S*?)[.!?]["')\]]*\s+(?=["'(\[]?[A-Z0-9])""")
 
@@ -98,14 +97,9 @@ def words(split: str) -> Words:
 
     def of(category: str) -> tuple[str, ...]:
         found = set(source.filter(include_categories=[category], regex="[a-z]+"))
-        return tuple(sorted(word for word in found if belongs(word, split)))
+        return half(sorted(found), split)
 
     return Words(of("adjective"), of("noun"), of("verb"))
-
-
-def belongs(text: str, split: str) -> bool:
-    """Whether a word, name or title is on this split's side. Half of all are."""
-    return zlib.crc32(text.encode()) % 2 == SPLITS.index(split)
 
 
 @cache

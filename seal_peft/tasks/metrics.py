@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import string
 from collections import Counter
 from collections.abc import Sequence
 
@@ -86,3 +87,74 @@ def last_integer_match(prediction: str, answers: Sequence[str]) -> float:
     """
     number = last_integer(prediction)
     return float(number is not None and number in {int(answer) for answer in answers})
+
+
+def string_match_all(prediction: str, answers: Sequence[str]) -> float:
+    """Score an answer by RULER's rule for lists: the share of `answers` that stand in it, in any case of letters.
+
+    Args:
+        prediction: A model's answer.
+        answers: Texts that are all asked for.
+    """
+    text = _ruler_text(prediction)
+    return sum(answer.lower() in text for answer in answers) / len(answers)
+
+
+def string_match_part(prediction: str, answers: Sequence[str]) -> float:
+    """Score an answer by RULER's rule for questions: 1.0 where one of `answers` stands in it, in any case of letters.
+
+    Args:
+        prediction: A model's answer.
+        answers: Texts of which one is enough.
+    """
+    text = _ruler_text(prediction)
+    return float(any(answer.lower() in text for answer in answers))
+
+
+def _ruler_text(prediction: str) -> str:
+    # As RULER prepares answers: control characters become line ends.
+    return re.sub(r"[\x00-\x1f]", "\n", prediction.strip()).strip().lower()
+
+
+def normalised_words(text: str) -> list[str]:
+    """Words as SQuAD compares them: in lower case, without punctuation and articles.
+
+    Args:
+        text: An answer.
+    """
+    text = "".join(character for character in text.lower() if character not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", text).split()
+
+
+def token_f1(prediction: str, answers: Sequence[str]) -> float:
+    """Score an answer by the words it shares with the most similar of `answers`, as in SQuAD and LongBench.
+
+    Args:
+        prediction: A model's answer.
+        answers: Texts of which one is enough.
+
+    Returns:
+        The harmonic mean of the share of `prediction` that is right and the share of the answer that is there.
+    """
+    given = normalised_words(prediction)
+    return max(_f1(given, normalised_words(answer)) for answer in answers)
+
+
+def _f1(given: Sequence[str], wanted: Sequence[str]) -> float:
+    if not given or not wanted:
+        # An answer such as "The" has no words left; then only the same emptiness is right.
+        return float(given == wanted)
+    shared = sum((Counter(given) & Counter(wanted)).values())
+    return 2 * shared / (len(given) + len(wanted))
+
+
+def first_line_match(prediction: str, answers: Sequence[str]) -> float:
+    """Score an answer of which every character counts, up to a final full stop.
+
+    Args:
+        prediction: A model's answer; only its first line that is not empty is read.
+        answers: Texts of which one must be given.
+    """
+    lines = prediction.strip().splitlines()
+    given = lines[0].strip().removesuffix(".") if lines else ""
+    return float(given in {answer.removesuffix(".") for answer in answers})

