@@ -214,6 +214,7 @@ def _answer_all(
 
 
 def _row(system: System, sample: Sample, answer: str, key: str) -> dict[str, Any]:
+    task = get_task(sample.task)
     return {
         "system": system.name,
         "id": sample.id,
@@ -222,6 +223,7 @@ def _row(system: System, sample: Sample, answer: str, key: str) -> dict[str, Any
         "depth": sample.depth,
         "answer": answer,
         "answers": sample.answers,
-        "score": get_task(sample.task).score(answer, sample.answers),
+        "score": task.score(answer, sample.answers),
+        **{name: score(answer, sample.answers) for name, score in task.more_scores.items()},
         "fingerprint": key,
     }

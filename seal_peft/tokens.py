@@ -33,7 +33,7 @@ def encode_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[in
         tokenizer: The model's tokenizer. Without a chat template the turns stand as plain paragraphs.
 
     Returns:
-        Token ids. `encode_training` begins with exactly these.
+        Token ids, the sample's answer prefix last. `encode_training` begins with exactly these.
     """
     return _encode(_pieces(sample, tokenizer)[:-1], tokenizer)[0]
 
@@ -46,8 +46,8 @@ def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[
         tokenizer: The model's tokenizer.
 
     Returns:
-        `input_ids` and `labels`, equally long, labels not shifted. Labels are -100 except on every assistant turn and
-        the end-of-turn token behind it.
+        `input_ids` and `labels`, equally long, labels not shifted. Labels are -100 except on every assistant turn,
+        behind its answer prefix, and the end-of-turn token after it.
 
     Raises:
         ValueError: If the sample has several questions and the chat template rewrites earlier turns.
@@ -92,6 +92,15 @@ def _continuation_ids(before: str, text: str, tokenizer: PreTrainedTokenizerBase
 
 
 def _pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
+    """Cut the conversation where the model starts and stops to speak; an answer prefix is given, not spoken."""
+    *before, last = _turn_pieces(sample, tokenizer)
+    if not sample.answer_prefix:
+        return [*before, last]
+    cut = last.text.index(sample.target) + len(sample.answer_prefix)
+    return [*before, _Piece(last.text[:cut], learned=False), _Piece(last.text[cut:], learned=True)]
+
+
+def _turn_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
     """Cut the conversation where speakers change: prompt, answer, prompt, ..., answer."""
     turns = [*sample.messages, {"role": "assistant", "content": sample.target}]
     ends = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]

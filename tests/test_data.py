@@ -503,3 +503,14 @@ def test_a_plain_trainer_with_ordinary_labels_learns_the_same(rows: list, tmp_pa
     assert losses == pytest.approx(plain_losses, rel=1e-5)
     for name in weights:
         torch.testing.assert_close(weights[name], plain_weights[name], rtol=1e-5, atol=1e-7)
+
+
+@every_tokenizer
+def test_an_answer_prefix_is_part_of_the_prompt_and_carries_no_label(tokenizer) -> None:
+    plain = lines.make(seed=3, size=5, depth=0.5, split="train", questions=2)
+    prefixed = replace(plain, answer_prefix="The <REGISTER_CONTENT>")
+    bare, prompt = encode_prompt(plain, tokenizer), encode_prompt(prefixed, tokenizer)
+    training = encode_training(prefixed, tokenizer)
+    assert len(prompt) > len(bare) and training["input_ids"][: len(prompt)] == prompt
+    assert set(training["labels"][len(bare) : len(prompt)]) == {IGNORED}
+    assert IGNORED not in training["labels"][len(prompt) :]

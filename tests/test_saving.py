@@ -18,9 +18,7 @@ import torch
 from packaging.version import Version
 from peft import AutoPeftModelForCausalLM, PeftModel
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-import seal_peft.merge as merge_stage
 from models import adapted, base_model, logits, seal_layers
 from seal_peft import SealConfig, save_adapter, scales
 
@@ -250,27 +248,3 @@ def test_text_that_a_user_wrote_into_the_card_stays(tmp_path):
     card.write_text(card.read_text() + "\nMy notes.\n")
     save_adapter(adapted("llama", seed=2), tmp_path)
     assert "My notes." in card.read_text()
-
-
-@pytest.mark.parametrize("shards_written", [False, True])
-def test_a_killed_merge_leaves_no_half_model_and_runs_again(shards_written, tmp_path, monkeypatch):
-    target = tmp_path / "merged"
-    model = adapted("llama")
-    expected = logits(model)
-    monkeypatch.setattr(merge_stage, "load_model", lambda *args: None)
-    monkeypatch.setattr(merge_stage, "load_adapter", lambda *args: model)
-    monkeypatch.setattr(merge_stage, "load_tokenizer", lambda *args: model.config)
-    arguments = merge_stage.MergeArguments("adapter", str(target), model_name_or_path="base")
-
-    def action() -> None:
-        if shards_written:
-            merge_stage.os.rename = die
-        else:
-            type(model.get_base_model()).save_pretrained = die
-        merge_stage.merge(arguments)
-
-    assert in_a_process_of_its_own(action) == signal.SIGKILL
-    assert not target.exists()
-    merge_stage.merge(arguments)
-    merged = AutoModelForCausalLM.from_pretrained(target)
-    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=2e-5)
