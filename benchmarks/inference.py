@@ -101,17 +101,21 @@ def decode_graphs(switch: Switch, tokens: torch.Tensor) -> dict[str, Callable[[]
     cache = StaticCache(config=switch.model.config, max_cache_len=length + 8)
     switch.wear("base")(tokens, past_key_values=cache, logits_to_keep=1)
     last, position = tokens[:, -1:].clone(), torch.tensor([[length]], device=tokens.device)
+
+    def step() -> None:
+        switch.model(last, past_key_values=cache, position_ids=position, logits_to_keep=1)
+        for layer in cache.layers:  # every step writes the same slot
+            layer.cumulative_length.fill_(length)
+
     replays: dict[str, Callable[[], object]] = {}
     for name in switch.wrapped:
-        model = switch.wear(name)
-
-        def step(model: nn.Module = model) -> None:
-            model(last, past_key_values=cache, position_ids=position, logits_to_keep=1)
-
+        switch.wear(name)
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 step()
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

@@ -43,14 +43,16 @@ class KeptScale(NamedTuple):
         """
         if layer.active_adapter is not self.active or layer.merged_adapters != self.merged:
             return False
+        modules, alphas = layer.seal_delta._modules, layer.seal_alpha
         for name, weight, address, version, alpha in self.parts:
+            offset = modules.get(name)
             if (
-                name not in layer.seal_delta
-                or layer.offset(name) is not weight
+                offset is None
+                or offset._parameters["weight"] is not weight
+                or weight._version != version
                 or weight.requires_grad
                 or weight.data_ptr() != address
-                or weight._version != version
-                or layer.seal_alpha[name] != alpha
+                or alphas[name] != alpha
             ):
                 return False
         return True

@@ -113,7 +113,7 @@ class Linear(nn.Module, SealLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Scale the heads in `x`, shape `(..., num_heads * head_dim)`, and apply the base layer."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
@@ -132,9 +132,10 @@ class Linear(nn.Module, SealLayer):
         if torch.compiler.is_compiling():
             names = self._acting_names()
             return self._per_channel(names) if names else None
-        if self._kept_scale is not None and self._kept_scale.still_holds(self):
-            check_names(self, self._kept_scale.names)
-            return self._kept_scale.scale
+        kept = self._kept_scale
+        if kept is not None and kept.still_holds(self):
+            check_names(self, kept.names)
+            return kept.scale
         self._kept_scale = None
         names = self._acting_names()
         check_names(self, names)
