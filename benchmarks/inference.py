@@ -6,6 +6,7 @@ python benchmarks/inference.py --size 8b --tokens 8192 --output results/inferenc
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,16 +37,22 @@ class Switch:
         self.model = model
         self.wrapped: dict[str, dict[str, nn.Module]] = {"base": self._projections()}
         for name, config in METHODS.items():
-            adapted = get_peft_model(model, config()).eval().requires_grad_(False)
+            get_peft_model(model, config()).eval().requires_grad_(False)
             self.wrapped[name] = self._projections()
-            self._put(self.wrapped["base"])
-            del adapted
+            self._undress()
         merged = get_peft_model(model, METHODS["seal-c"]()).eval()
         merged.merge_adapter()
-        self.wrapped["seal-c merged"] = {name: m.get_base_layer() for name, m in self._projections().items()
-                                         if hasattr(m, "get_base_layer")}  # fmt: skip
+        plain = copy.copy(self.wrapped["base"])
+        for path, module in self._projections().items():
+            if hasattr(module, "get_base_layer"):
+                plain[path] = copy.deepcopy(module.get_base_layer())
         merged.unmerge_adapter()
+        self.wrapped["seal-c merged"] = plain
+        self._undress()
+
+    def _undress(self) -> None:
         self._put(self.wrapped["base"])
+        del self.model.peft_config
 
     def _projections(self) -> dict[str, nn.Module]:
         return {
