@@ -150,6 +150,7 @@ def _table(summary: dict[str, Any], folder: Path) -> str:
         f"\n{markdown_table(rows)}\n\n"
         f"{summary['trainable_parameters']:,} scales, {summary['adapter_bytes']:,} bytes, trained in "
         f"{summary['training_seconds']:.0f} s; everything took {summary['seconds']:.0f} s on {summary['device']}.\n"
-        f"Largest logit difference of the merged model: {summary['max_logit_difference_merged']:.2g}.\n"
+        f"Largest difference of any logit by merging: {summary['max_logit_difference_merged']:.2g} (the merged weights "
+        "are rounded to their dtype once more).\n"
         f"Picture: {folder / 'scales.png'}"
     )

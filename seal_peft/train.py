@@ -68,7 +68,9 @@ class SealTrainingArguments(TrainingArguments):
     output_dir: str = field(metadata={"help": "Adapter folder to write; checkpoints stand in it meanwhile."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "1 needs no padding: flash kernels stay."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
-    save_steps: float = field(default=50, metadata={"help": "Write a checkpoint every so many steps."})
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Write a checkpoint every so many steps; below 1, every such share of the run."}
+    )
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     report_to: str = field(default="none", metadata={"help": "Experiment trackers, as in transformers."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Token ids are too few to be worth it."})

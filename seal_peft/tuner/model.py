@@ -24,6 +24,11 @@ from .geometry import TARGET_MODULES, HeadGeometry, default_target_modules, head
 from .layer import Linear, SealLayer
 from .rows import scaled_rows
 
+# Attention projections whose input is the hidden state: their sizes often fit, their meaning does not.
+_INPUT_PROJECTIONS = frozenset(
+    "q_proj k_proj v_proj qkv_proj c_attn query_key_value Wqkv q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+)
+
 
 class SealModel(BaseTuner):
     """A model whose attention heads carry learned scales.
@@ -73,7 +78,7 @@ class SealModel(BaseTuner):
                 _check_supported(module, name)
                 found.append(list(self._geometry(peft_config, model, module, name)))
         expected = peft_config._expected_heads
-        if found and expected is not None and found != [list(pair) for pair in expected]:
+        if expected is not None and found != [list(pair) for pair in expected]:
             raise ValueError(
                 f"This adapter was trained on {_describe(expected)}, but the base model has {_describe(found)}. Load "
                 "it on the model it was trained on"
@@ -266,6 +271,11 @@ def _describe(heads: list[list[int]]) -> str:
 
 
 def _check_supported(module: nn.Module, name: str) -> None:
+    if name.rpartition(".")[2] in _INPUT_PROJECTIONS:
+        raise ValueError(
+            f"{name} reads the hidden state, not the heads. SEAL scales the input of the attention output projection: "
+            "name that one in `target_modules` (often `o_proj`, `out_proj` or `dense`), or leave it to the default."
+        )
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(
         base, get_apply_tensor_subclass=lambda: None
