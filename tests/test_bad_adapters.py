@@ -227,3 +227,21 @@ def test_a_good_adapter_loads_after_a_broken_one(saved):
     model.load_adapter(saved, "other")
     model.set_adapter("other")
     assert torch.equal(logits(model), logits(adapted("llama", "head")))
+
+
+@pytest.mark.parametrize("target", ["q_proj", "self_attn.v_proj"])
+def test_a_projection_that_reads_the_hidden_state_is_refused(target):
+    model = base_model("llama")
+    with pytest.raises(ValueError, match="reads the hidden state, not the heads.*o_proj"):
+        get_peft_model(model, SealConfig(target_modules=[target], num_attention_heads=1))
+    assert not seal_layers(model)
+
+
+def test_a_projection_that_is_never_called_is_refused():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(8, 2)
+
+    with pytest.raises(TypeError, match="without calling it.*exclude_modules"):
+        get_peft_model(Block(), SealConfig(target_modules=["out_proj"], num_attention_heads=2))

@@ -22,7 +22,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import seal_peft
-from models import INPUT_IDS, adapted, base_model, draw_scales, logits, seal_layers
+from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, draw_scales, logits, seal_layers
 from seal_peft import SealConfig, SealLayer, scales
 
 both_granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
@@ -654,3 +654,12 @@ def test_inference_never_uses_a_scale_of_before_the_change(change, frozen):
     expected = logits(copy.deepcopy(model).merge_and_unload())
     assert_close(after.float(), expected.float(), rtol=0, atol=1e-5 if after.dtype == torch.float32 else 0.25)
     assert (after - before).abs().max() > (0.05 if after.dtype == torch.float32 else 0)
+
+
+def test_scales_have_the_same_names_whatever_is_wrapped_around_the_model():
+    model = adapted("llama")
+    names = set(scales(model))
+    compiled = torch.compile(model, backend="eager")
+    for outer in (model.base_model, model.get_base_model(), compiled):
+        assert set(scales(outer)) == names
+    assert names == set(ARCHITECTURES["llama"].projections)

@@ -92,6 +92,11 @@ class SealModel(BaseTuner):
             return seal.geometry
         target = tuner_layers(target)[-1].get_base_layer() if isinstance(target, BaseTunerLayer) else target
         parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TypeError(
+                f"{name} belongs to a torch.nn.MultiheadAttention, which reads its weight without calling it, so that "
+                "scales on its input would do nothing. Leave it out with `exclude_modules`."
+            )
         return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim)
 
     def _create_and_replace(
