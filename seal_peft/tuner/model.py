@@ -84,6 +84,13 @@ class SealModel(BaseTuner):
     def _geometry(self, config: SealConfig, model: nn.Module, target: nn.Module, name: str) -> HeadGeometry:
         seal = seal_inside(target)
         if seal is not None:
+            for field, own in zip(("num_attention_heads", "head_dim"), seal.geometry, strict=True):
+                value = getattr(config, field)
+                if value not in (None, own):
+                    raise ValueError(
+                        f"SealConfig({field}={value}) disagrees with the adapters that {name} carries already, which "
+                        f"have {field}={own}. Adapters of one module share its heads: give the same number, or None."
+                    )
             return seal.geometry
         target = tuner_layers(target)[-1].get_base_layer() if isinstance(target, BaseTunerLayer) else target
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -204,6 +211,8 @@ class SealModel(BaseTuner):
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
+            num_attention_heads=_shared([config.num_attention_heads for config in configs]),
+            head_dim=_shared([config.head_dim for config in configs]),
             heads=None,
             init_weights=True,
             inference_mode=True,
@@ -257,6 +266,10 @@ class SealModel(BaseTuner):
                     "diverged; do not use it."
                 )
         return remapped
+
+
+def _shared(values: list[int | None]) -> int | None:
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _describe(heads: list[list[int]]) -> str:
