@@ -117,6 +117,9 @@ class SealModel(BaseTuner):
         kwargs = get_quantization_kwargs(self.model)
         new_module = Linear(target, adapter_name, peft_config, geometry, **kwargs)
         new_module.model_configs = self.peft_config
+        wrapped = next((layer for layer in self.model.modules() if isinstance(layer, SealLayer)), None)
+        if wrapped is not None and wrapped.disable_adapters:
+            new_module.enable_adapters(False)  # until the whole model is enabled again
         if adapter_name not in self.active_adapters:
             # An additional adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
@@ -237,6 +240,31 @@ class SealModel(BaseTuner):
                 and sum(name in module.modules_to_save for name in adapters) > 1
             ):
                 raise ValueError("Cannot combine adapters that train the same module in full (`modules_to_save`).")
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SealConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select what is saved, unless PEFT has already dropped it.
+
+        Raises:
+            ValueError: Another adapter has the name of a module on the way to the scales. PEFT takes all keys with
+                that name for the other adapter's and would write an empty file.
+        """
+        names = {
+            part for name, layer in model.named_modules() if isinstance(layer, SealLayer) for part in name.split(".")
+        }
+        if shared := sorted(names & set(unwanted_adapter_names)):
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be saved beside an adapter named {shared[0]!r}: modules of the model "
+                "have that name, too, and PEFT cannot tell them apart. Load that adapter under another name."
+            )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
