@@ -26,7 +26,7 @@ from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, draw_scales, l
 from seal_peft import SealConfig, SealLayer, scales
 
 both_granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
-some_models = pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+some_models = pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3_text", "opt", "gpt2"])
 
 
 def offsets(model, adapter_name="default"):
@@ -342,6 +342,17 @@ def test_disabling_a_merged_adapter_gives_the_base():
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(base_model("llama")))
     assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+def test_a_layer_that_is_wrapped_while_adapters_are_disabled_is_disabled_too():
+    model = adapted("llama", layers_to_transform=[1])
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("other", SealConfig(layers_to_transform=[0]))
+    draw_scales(model, "other")
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(base_model("llama")))
+    model.base_model.enable_adapter_layers()
+    assert not torch.equal(logits(model), logits(base_model("llama")))
 
 
 @some_models

@@ -39,7 +39,8 @@ class KeptScale(NamedTuple):
         """Tell whether the scale would come out the same again.
 
         A version counts in-place writes, the address sees moves, and holding on to a parameter keeps a new one from
-        getting the address of the old one.
+        getting the address of the old one. Writing in place through `.data` of a frozen parameter is the one change
+        that leaves no trace (`p.data.mul_(2)`; torch does not track it): write under `torch.no_grad()` instead.
         """
         if layer.active_adapter is not self.active or layer.merged_adapters != self.merged:
             return False

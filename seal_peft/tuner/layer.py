@@ -35,6 +35,14 @@ class ScaleOffset(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, unless it is broken: transformers' `load_adapter` assigns what it read without a check."""
+        if type(param) is nn.Parameter and not param.is_meta and not torch.isfinite(param).all():
+            raise ValueError(
+                "The adapter holds NaN or infinite scales. Its file is broken or its training diverged; do not use it."
+            )
+        super().register_parameter(name, param)
+
     def forward(self, alpha: float) -> Tensor:
         """Return the scale `1 + alpha * weight` in fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`."""
         weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()

@@ -89,6 +89,13 @@ class SealModel(BaseTuner):
     def _geometry(self, config: SealConfig, model: nn.Module, target: nn.Module, name: str) -> HeadGeometry:
         seal = seal_inside(target)
         if seal is not None:
+            for field, own in zip(("num_attention_heads", "head_dim"), seal.geometry, strict=True):
+                value = getattr(config, field)
+                if value not in (None, own):
+                    raise ValueError(
+                        f"SealConfig({field}={value}) disagrees with the adapters that {name} carries already, which "
+                        f"have {field}={own}. Adapters of one module share its heads: give the same number, or None."
+                    )
             return seal.geometry
         target = tuner_layers(target)[-1].get_base_layer() if isinstance(target, BaseTunerLayer) else target
         parent = model.get_submodule(name.rpartition(".")[0])
@@ -120,6 +127,9 @@ class SealModel(BaseTuner):
         kwargs = get_quantization_kwargs(self.model)
         new_module = Linear(target, adapter_name, peft_config, geometry, **kwargs)
         new_module.model_configs = self.peft_config
+        wrapped = next((layer for layer in self.model.modules() if isinstance(layer, SealLayer)), None)
+        if wrapped is not None and wrapped.disable_adapters:
+            new_module.enable_adapters(False)  # until the whole model is enabled again
         if adapter_name not in self.active_adapters:
             # An additional adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
@@ -214,6 +224,8 @@ class SealModel(BaseTuner):
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
+            num_attention_heads=_shared([config.num_attention_heads for config in configs]),
+            head_dim=_shared([config.head_dim for config in configs]),
             heads=None,
             init_weights=True,
             inference_mode=True,
@@ -238,6 +250,31 @@ class SealModel(BaseTuner):
                 and sum(name in module.modules_to_save for name in adapters) > 1
             ):
                 raise ValueError("Cannot combine adapters that train the same module in full (`modules_to_save`).")
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SealConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select what is saved, unless PEFT has already dropped it.
+
+        Raises:
+            ValueError: Another adapter has the name of a module on the way to the scales. PEFT takes all keys with
+                that name for the other adapter's and would write an empty file.
+        """
+        names = {
+            part for name, layer in model.named_modules() if isinstance(layer, SealLayer) for part in name.split(".")
+        }
+        if shared := sorted(names & set(unwanted_adapter_names)):
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be saved beside an adapter named {shared[0]!r}: modules of the model "
+                "have that name, too, and PEFT cannot tell them apart. Load that adapter under another name."
+            )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -267,6 +304,10 @@ class SealModel(BaseTuner):
                     "diverged; do not use it."
                 )
         return remapped
+
+
+def _shared(values: list[int | None]) -> int | None:
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _describe(heads: list[list[int]]) -> str:
