@@ -229,7 +229,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         functools.partial(causal, tf.GPTNeoXConfig), _at("gpt_neox.layers.{}.attention.dense", head_dim=_COUPLED)
     ),
     "opt": Architecture(
-        functools.partial(causal, tf.OPTConfig, ffn_dim=40, word_embed_proj_dim=HIDDEN),
+        functools.partial(causal, tf.OPTConfig, ffn_dim=40, word_embed_proj_dim=HIDDEN, dropout=0.0),
         _at("model.decoder.layers.{}.self_attn.out_proj", head_dim=_COUPLED),
     ),
     "falcon": Architecture(

@@ -34,12 +34,11 @@ PEFT's test (`tests/testing_common.py`, then `tests/test_custom_models.py`) -> o
     disable_adapter, test_disable_adapters(_with_merging)
                                        -> test_disabling_gives_the_base_merged_or_not
     adding_multiple_adapters_with_bias_raises, test_disable_adapter_with_bias_warns
-                                       -> (methods with a `bias` setting only)
+                                       -> (only where there is a `bias` setting)
     passing_input_embeds_works         -> rest: test_embeddings_can_be_passed
     lora_conversion                    -> test_a_product_is_not_offered_as_a_lora
     get_base_model_state_dict          -> test_the_state_of_the_base_goes_out_and_in
-    test_in_features_out_features_exposed
-                                       -> test_wrapped_layers_tell_their_sizes
+    test_in_features_out_features_exposed -> test_wrapped_layers_tell_their_sizes
     test_forward_(b)float16(_no_autocast), test_adapter_dtype_autocast
                                        -> rest: test_no_dtype_clashes_and_offsets_have_the_dtype_asked_for
     test_disable_adapters_exiting_context_restores_(previous|irregular)_state, test_active_adapter
@@ -70,8 +69,8 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from custom_model import CASES, DECODERS, adapt, base, result
-from models import INPUT_IDS, base_model, logits, seal_layers
-from seal_peft import SealConfig, SealLayer, scales
+from models import base_model, logits, seal_layers
+from seal_peft import SealConfig, SealLayer
 
 every_model = pytest.mark.parametrize("name", CASES)
 every_decoder = pytest.mark.parametrize("name", DECODERS)
@@ -255,9 +254,9 @@ def test_a_safe_merge_refuses_nan(name):
 def test_deleting_leaves_nothing_behind(name, granularity):
     model = adapt(name, granularity)
     first = result(model)
-    adapt(name, granularity, adapter_name="other", model=model, seed=5)
     with pytest.raises(ValueError, match="typo"):
         model.delete_adapter("typo")
+    adapt(name, granularity, adapter_name="other", model=model, seed=5)
     model.delete_adapter("other")  # inactive
     assert torch.equal(result(model), first)
     adapt(name, granularity, adapter_name="other", model=model, seed=5)

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from custom_model import CASES, DECODERS, adapt, base, config, result
 from models import INPUT_IDS, base_model, draw_scales, seal_layers
-from seal_peft import SealConfig
+from seal_peft import SealConfig, scales
 
 every_model = pytest.mark.parametrize("name", CASES)
 every_decoder = pytest.mark.parametrize("name", DECODERS)

@@ -138,7 +138,7 @@ class SealConfig(PeftConfig):
             ValueError: The weights file of a trained adapter is missing, is cut off or is not a safetensors file, or
                 holds scales that are not finite or not of the config's granularity.
         """
-        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        folder = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
         finish_save(folder)
         weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         check_weights_file(weights)

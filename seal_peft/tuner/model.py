@@ -266,13 +266,11 @@ class SealModel(BaseTuner):
             ValueError: Another adapter has the name of a module on the way to the scales. PEFT takes all keys with
                 that name for the other adapter's and would write an empty file.
         """
-        names = {
-            part for name, layer in model.named_modules() if isinstance(layer, SealLayer) for part in name.split(".")
-        }
-        if shared := sorted(names & set(unwanted_adapter_names)):
+        paths = [name for name, module in model.named_modules() if isinstance(module, SealLayer)]
+        if shared := {part for path in paths for part in path.split(".")} & set(unwanted_adapter_names):
             raise ValueError(
-                f"Adapter {adapter_name!r} cannot be saved beside an adapter named {shared[0]!r}: modules of the model "
-                "have that name, too, and PEFT cannot tell them apart. Load that adapter under another name."
+                f"Adapter {adapter_name!r} cannot be saved beside an adapter named {min(shared)!r}: modules of the "
+                "model have that name, too, and PEFT cannot tell them apart. Load that adapter under another name."
             )
         return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
