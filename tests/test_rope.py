@@ -17,6 +17,7 @@ import seal_peft
 from models import draw_scales
 from seal_peft import SealConfig
 from seal_peft.context.rope import apply_rope, read_rope
+from versions import longrope_per_layer_type
 
 # Positions beyond `max_position_embeddings` and `original_max_position_embeddings`, so that every type shows.
 LONG = torch.arange(1, 49).remainder(63).unsqueeze(0)
@@ -143,7 +144,9 @@ def test_phi3_takes_its_native_length_from_the_request():
     assert torch.equal(logits(model), logits(expected))
 
 
-@pytest.mark.parametrize("kind", HERE)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=longrope_per_layer_type if k == "longrope" else ()) for k in HERE]
+)
 def test_applying_per_layer_type_to_gemma3_equals_building(kind):
     other = {"rope_type": "linear", "factor": 2.0}
     now = apply_and_compare(gemma3, {"full_attention": TYPES[kind], "sliding_attention": other})
@@ -168,6 +171,23 @@ def test_a_model_that_is_extended_already_can_be_extended_differently():
     now = apply_and_compare(yarn, {"rope_type": "linear", "factor": 8.0})
     assert (now["rope_type"], now["max_position_embeddings"]) == ("linear", 256)
     assert apply_and_compare(yarn, {"factor": 8.0, "max_position_embeddings": 256})["rope_type"] == "yarn"
+
+
+@pytest.mark.parametrize("name", models.ARCHITECTURES)
+def test_every_known_architecture_can_be_extended_and_restored(name):
+    model, ids = models.base_model(name), models.INPUT_IDS
+    if read_rope(model) is None:
+        assert not getattr(model.config.get_text_config(), "rope_parameters", None)
+        return
+    before, plain = read_rope(model), logits(model, ids)
+    if name == "gpt_neox":  # its tiny heads rotate two channels, and NTK leaves the fastest pair alone
+        with pytest.raises(ValueError, match="needs more than 2 rotated channels"):
+            apply_rope(model, NTK)
+    applied = apply_rope(model, TYPES["linear"] if name == "gpt_neox" else NTK)
+    assert not torch.equal(logits(model, ids), plain)
+    applied.restore()
+    assert read_rope(model) == before
+    assert torch.equal(logits(model, ids), plain)
 
 
 def test_only_the_language_part_of_a_multimodal_model_is_touched():
@@ -204,6 +224,11 @@ def test_what_cannot_be_applied_is_refused_and_changes_nothing(request_, words):
         apply_rope(model, request_)
     assert model.config.to_dict() == before
     assert torch.equal(logits(model), plain)
+
+
+def test_a_type_that_rotates_another_number_of_channels_is_refused():
+    with pytest.raises(ValueError, match="rotates another number of channels"):
+        apply_rope(models.base_model("gemma4"), TYPES["linear"])
 
 
 def test_unknown_layer_types_and_types_that_a_model_renames_are_refused():

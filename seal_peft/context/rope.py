@@ -205,6 +205,8 @@ def _resolve(request: dict[str, Any], own: dict[str, Any], longest: int, dim: in
     if kind == "ntk":
         if "factor" not in request or set(request) - {"rope_type", "factor", "rope_theta"}:
             raise ValueError(f"rope_type='ntk' takes a factor and, if you like, rope_theta; got {request}.")
+        if dim <= 2:
+            raise ValueError(f"rope_type='ntk' needs more than 2 rotated channels per head; this model has {dim}.")
         theta = request.get("rope_theta", own["rope_theta"]) * factor ** (dim / (dim - 2))
         return {**own, "rope_theta": theta}, int(factor * longest)
     if "rope_type" not in request:  # a change to what the model has
