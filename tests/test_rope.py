@@ -621,3 +621,12 @@ def test_adapters_without_a_request_change_nothing_about_the_rope():
         warnings.simplefilter("error")
         merged = model.merge_and_unload()
     assert read_rope(merged) == read_rope(llama())
+
+
+def test_a_compiled_model_is_one_graph_and_follows_the_switch():
+    model = switching()
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for name in ("yarn", "plain", "ntk", "yarn"):
+            model.set_adapter(name)
+            torch.testing.assert_close(compiled(input_ids=LONG).logits, logits(model), atol=1e-4, rtol=1e-4)
