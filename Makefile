@@ -4,9 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.installed
+FLOOR ?= $(VENV)-floor
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test quality docs bench clean
+.PHONY: install demo test test-floor quality docs bench clean
 
 install: $(INSTALLED)
 
@@ -25,6 +26,18 @@ demo: $(INSTALLED)
 # Two single-threaded workers; a file stays on one worker, so that its module fixtures are made once.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# The oldest versions lie over the environment above: what they do not replace, torch above all, is taken from there.
+$(FLOOR)/.installed: $(INSTALLED) constraints-floor.txt
+	rm -rf $(FLOOR)
+	$(BIN)/python -m venv $(FLOOR)
+	$(FLOOR)/bin/python -m pip install --no-deps -r constraints-floor.txt
+	$(BIN)/python -c "import sysconfig as s; print(f'import site; site.addsitedir({s.get_path(\"purelib\")!r})')" \
+		> $$($(FLOOR)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/newest.pth
+	touch $@
+
+test-floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pytest -n 2 --dist loadfile
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

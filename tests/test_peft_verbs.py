@@ -548,7 +548,7 @@ def test_a_compiled_bf16_model_sees_new_scales():
 @some_models
 @both_granularities
 def test_generating_with_a_cache_equals_generating_without(name, granularity):
-    model = adapted(name, granularity)
+    model = adapted(name, granularity, seed=3)  # drawn so that greedy tokens differ from the base's
     settings = {
         "attention_mask": torch.ones_like(INPUT_IDS),
         "max_new_tokens": 6,

@@ -46,8 +46,14 @@ class SealConfig(PeftConfig):
         init_weights: `True` starts at the identity (every scale 1). `False` starts at random scales, for tests.
         num_attention_heads: Number of heads a projection reads. `None` asks the attention module.
         head_dim: Channels per head. `None` asks the attention module.
+        rope_parameters: RoPE that the adapter needs, as in transformers' configs, such as `{"rope_type": "yarn",
+            "factor": 4.0}` or `{"rope_type": "ntk", "factor": 4.0}`; per layer type where the model has it. The model
+            has it while the adapter is in use, in training, after loading, and for good after merging; see
+            `seal_peft.context.rope.apply_rope`. `None` leaves the model's own.
         heads: Filled in by the model: the `(num_heads, head_dim)` pair of each adapted layer. An adapter that was
             saved with other pairs than those of the base is refused.
+        base_rope: Filled in by the model: RoPE parameters of the base that the adapter was trained on. Loading on a
+            base that has others warns; to apply the recorded ones, set `rope_parameters` to `base_rope`.
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -77,8 +83,14 @@ class SealConfig(PeftConfig):
         default=None, metadata={"help": "Heads a projection reads. None: ask the attention module."}
     )
     head_dim: int | None = field(default=None, metadata={"help": "Channels per head. None: ask the attention module."})
+    rope_parameters: dict[str, Any] | None = field(
+        default=None, metadata={"help": "RoPE that the adapter brings along. None: the model's own."}
+    )
     heads: list[list[int]] | None = field(
         default=None, metadata={"help": "Filled in: (num_heads, head_dim) of each adapted layer."}
+    )
+    base_rope: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Filled in: RoPE parameters of the base at training time."}
     )
 
     def __post_init__(self) -> None:
@@ -86,6 +98,7 @@ class SealConfig(PeftConfig):
         self.peft_type = PeftType["SEAL"]
         # What a file says about its base is an expectation; what a later injection fills in is a record.
         self._expected_heads = self.heads
+        self._expected_base_rope = self.base_rope
         if self.granularity not in get_args(Granularity):
             raise ValueError(
                 f"granularity={self.granularity!r} is not allowed. Use 'head' (one scale per attention head) or "
@@ -97,6 +110,11 @@ class SealConfig(PeftConfig):
                 raise ValueError(
                     f"{name}={value!r} is not allowed. Use a positive whole number, or None to look it up."
                 )
+        if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
+            raise ValueError(
+                f"rope_parameters={self.rope_parameters!r} is not allowed. Use a dictionary such as "
+                '{"rope_type": "yarn", "factor": 4.0}, or None.'
+            )
         self.target_modules = _set_of(self.target_modules)
         self.exclude_modules = _set_of(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:

@@ -41,13 +41,19 @@ def export_ia3(
         The IA3 folder.
 
     Raises:
-        ValueError: There is no such SEAL adapter, or the head sizes of a folder's layers cannot be told apart.
+        ValueError: There is no such SEAL adapter, the head sizes of a folder's layers cannot be told apart, or the
+            adapter brings RoPE parameters, which an IA3 folder cannot carry.
     """
     if isinstance(model, nn.Module):
         config, state, sizes, conv1d = _seal_in_model(model, adapter_name)
     else:
         config, state, sizes = _seal_in_folder(Path(model))
         conv1d = False  # not on record; PEFT corrects it with a warning where the base has Conv1D layers
+    if config.rope_parameters is not None:
+        raise ValueError(
+            f"This adapter runs under RoPE {config.rope_parameters}, which an IA3 folder cannot carry: it would give "
+            "other logits. Merge the adapter instead; the merged model's config carries it."
+        )
     names, weights = [], {}
     for key, value in state.items():
         match = _SEAL_KEY.fullmatch(key)

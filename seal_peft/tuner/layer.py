@@ -60,6 +60,7 @@ class SealLayer(BaseTunerLayer):
         row_scale: Within `scaled_rows`, the scale of every row of the batch.
         outer_layers: Layers of other tuners around this one, the innermost first; see `beside.py`.
         model_configs: The configs of all adapters of the model, of other methods too.
+        rope: What gives the model the RoPE of the adapters in use; see `positions.py`.
     """
 
     adapter_layer_names: tuple[str, ...] = ("seal_delta",)
@@ -76,6 +77,7 @@ class SealLayer(BaseTunerLayer):
         self._kept_scale: KeptScale | None = None
         self.outer_layers: tuple[BaseTunerLayer, ...] = ()
         self.model_configs: Mapping[str, Any] = {}
+        self.rope: Any = None
         self.in_features: int | None
         self.out_features: int | None
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
@@ -91,6 +93,33 @@ class SealLayer(BaseTunerLayer):
         self.seal_alpha[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Choose the active adapters; those that ask for different RoPE are refused before anything changes."""
+        if self.rope is not None:
+            names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+            self.rope.wanted([*names, *self.merged_adapters])
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._use_rope()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the adapters on or off."""
+        super().enable_adapters(enabled)
+        self._use_rope()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter."""
+        super().delete_adapter(adapter_name)
+        if self.rope is not None:
+            self.rope.drop(adapter_name)
+
+    def rope_names(self) -> list[str]:
+        """Return the adapters whose RoPE the model should have."""
+        return [] if self.disable_adapters else [*self.active_adapters, *self.merged_adapters]
+
+    def _use_rope(self) -> None:
+        if self.rope is not None:
+            self.rope.use(self.rope_names())
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Follow the base layer to its device but not to its dtype: offsets stay fp32, or small steps round away."""
@@ -190,6 +219,8 @@ class Linear(nn.Module, SealLayer):
                 "any quantised base), or load the base model unquantised to merge."
             )
         check_can_merge(self)
+        if self.rope is not None:
+            self.rope.wanted([*names, *self.active_adapters, *self.merged_adapters])
         before = self._snapshot()
         original = self._original if self.merged else (before[0], with_merged(self, before[1], sign=-1))
         self._restore(original)
@@ -204,6 +235,7 @@ class Linear(nn.Module, SealLayer):
             raise
         self._original = original
         self.merged_adapters.extend(names)
+        self._use_rope()
 
     def unmerge(self) -> None:
         """Put the original weight back, bit for bit."""
@@ -214,6 +246,7 @@ class Linear(nn.Module, SealLayer):
         self._restore((base, with_merged(self, weight)))
         self._original = None
         self.merged_adapters.clear()
+        self._use_rope()
 
     @torch.no_grad()
     def _write_scaled(self, adapter_names: list[str]) -> Tensor:

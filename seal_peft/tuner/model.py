@@ -6,7 +6,7 @@ import copy
 import math
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
@@ -16,7 +16,8 @@ from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_qu
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import joint
+from ..context.rope import rope_switch
+from . import joint, positions
 from .adapters import write_weighted_sum
 from .beside import check_can_merge, check_free_name, seal_inside, surround, tuner_layers
 from .config import SealConfig
@@ -137,6 +138,14 @@ class SealModel(BaseTuner):
         for outer in reversed(around):
             surround(new_module, outer)
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter; the RoPE that it asks for is checked before the first module is wrapped."""
+        rope = rope_switch(model)
+        wanted = positions.wanted_rope(rope, self.peft_config[adapter_name], model)
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if rope is not None:
+            positions.connect(rope, model, self.peft_config, adapter_name, wanted)
+
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters among those of the same method; adapters of other methods stay as they are.
 
@@ -163,6 +172,13 @@ class SealModel(BaseTuner):
         for layer in self.modules():
             if isinstance(layer, SealLayer):
                 check_can_merge(layer)
+
+    def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
+        """As in PEFT; the model keeps the RoPE of what is in its weights."""
+        names = (kwargs.get("adapter_names") or self.active_adapters) if merge else []
+        with positions.unloading(rope_switch(self.model), self.model, names):
+            super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """As in PEFT, but put a base layer back as it is: HQQ's has no `weight`, which PEFT copies when unloading."""
@@ -191,7 +207,8 @@ class SealModel(BaseTuner):
             return
         settings = kwargs.get("generation_config")
         num_beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
-        with scaled_rows(self, adapter_names, num_beams):
+        rope = rope_switch(self.model)
+        with scaled_rows(self, adapter_names, num_beams), rope.rows(adapter_names) if rope else nullcontext():
             yield
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
@@ -215,6 +232,9 @@ class SealModel(BaseTuner):
             for name, layer in self.model.named_modules()
             if isinstance(layer, SealLayer) and any(adapter in layer.seal_delta for adapter in adapters)
         }
+        rope = rope_switch(self.model)
+        if rope is not None:
+            rope.wanted(adapters)
         configs = [cast(SealConfig, self.peft_config[adapter]) for adapter in adapters]
         granularities = {config.granularity for config in configs}
         self.peft_config[adapter_name] = replace(

@@ -1,0 +1,1 @@
+"""Context extension: settings of a loaded model that let it read further than it was trained to."""

@@ -1,0 +1,290 @@
+"""RoPE on a loaded model: read what is in force, apply other parameters, and put the old ones back bit for bit.
+
+A rotary module is never computed here: it is built anew by its own class from a config with the wanted parameters, as
+transformers does for a new model, and its frequencies take the place of the old ones.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from .switch import RopeSwitch
+
+_MAX, _NATIVE = "max_position_embeddings", "original_max_position_embeddings"
+# What one type of scaling brings and another does not want; everything else (base, partial rotation) stays.
+_SCALING = {"rope_type", "type", "factor", _NATIVE, "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale"}
+_SCALING |= {"mscale_all_dim", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor"}
+# What a rotary module keeps for itself; models with RoPE per layer type put the type in front.
+_STATE = (
+    "inv_freq",
+    "attention_scaling",
+    "rope_type",
+    "rope_init_fn",
+    "rope_init_fns",
+    "seq_len_cached",
+    "original_max_seq_len",
+    "mrope_section",
+)
+
+
+def read_rope(model: nn.Module) -> dict[str, Any] | None:
+    """Read the RoPE parameters that a model runs with.
+
+    Args:
+        model: A model, loaded.
+
+    Returns:
+        The model's `config.rope_parameters`, per layer type where it has them, with `max_position_embeddings`; plain
+        JSON values. `None` for models without RoPE.
+
+    Example:
+        ```python
+        read_rope(model)  # {"rope_theta": 10000.0, "rope_type": "default", "max_position_embeddings": 2048}
+        ```
+    """
+    config = _text_config(model)
+    return None if config is None or not _rotary_modules(model, config) else _read(config)
+
+
+def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedRope:
+    """Change the RoPE of a loaded model to what it would be, had the model been built with these parameters.
+
+    Args:
+        model: A transformers model; `model.config` follows, so that saving the model saves the parameters.
+        rope_parameters: As in transformers' configs: `{"rope_type": "yarn", "factor": 4.0}`; what is left out is taken
+            from the model. The type `"ntk"` with a factor raises the base and keeps the rest:
+            `rope_theta * factor ** (d / (d - 2))` for `d` rotated channels. For models with RoPE per layer type, give
+            `{"full_attention": {...}, ...}`; parameters without a layer type are for `full_attention`. The key
+            `max_position_embeddings` beside them sets the length; otherwise it is raised by the factor, except for
+            `"dynamic"`, which measures lengths by it.
+
+    Returns:
+        What puts the old parameters back: `.restore()`.
+
+    Raises:
+        ValueError: The model has no RoPE, or transformers does not build it with these parameters.
+
+    Example:
+        ```python
+        applied = apply_rope(model, {"rope_type": "yarn", "factor": 4.0})
+        applied.restore()
+        ```
+    """
+    config = _text_config(model)
+    modules = _rotary_modules(model, config) if config is not None else []
+    if config is None or not modules:
+        raise ValueError(
+            f"{type(model).__name__} has no rotary position embedding, so it cannot take rope_parameters."
+        )
+    wanted = resolve_rope(model, rope_parameters)
+    _check_attention(model, config.rope_parameters, wanted)
+    new = copy.deepcopy(config)
+    try:
+        _write(new, wanted)
+        new.standardize_rope_params()
+        new.validate_rope()
+        with torch.device("cpu"):  # as transformers does while it loads
+            fresh = [type(module)(new) for module in modules]
+    except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"{type(model).__name__} cannot be built with rope_parameters={wanted}: {error}") from error
+    sizes = [[{name: b.shape for name, b in m.named_buffers()} for m in side] for side in (modules, fresh)]
+    if _read(new) != wanted or sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{type(model).__name__} does not take rope_parameters={wanted} as they are: transformers makes "
+            f"{_read(new)} of them, or rotates another number of channels."
+        )
+    applied = AppliedRope(config, modules)
+    _write(config, wanted)
+    for module, other in zip(modules, fresh, strict=True):
+        _put(module, _state(other))
+    return applied
+
+
+class AppliedRope:
+    """What a model had before `apply_rope`.
+
+    Attributes:
+        before: The parameters, as `read_rope` gave them.
+    """
+
+    def __init__(self, config: PreTrainedConfig, modules: list[nn.Module]) -> None:
+        self.before = _read(config)
+        self._config = config
+        names = ("rope_parameters", _MAX, _NATIVE)
+        self._values = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
+        self._states = [(module, _state(module)) for module in modules]
+
+    def restore(self) -> None:
+        """Put back the very frequencies that the model had; on the device where the model is now."""
+        for name, value in self._values.items():
+            setattr(self._config, name, value)
+        for module, state in self._states:
+            _put(module, state)
+
+
+def resolve_rope(
+    model: nn.Module, rope_parameters: Mapping[str, Any], own: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """Fill in what a request leaves out.
+
+    Args:
+        model: The model that it is for.
+        rope_parameters: See `apply_rope`.
+        own: Where missing values come from, as `read_rope` gives them; `None` asks the model.
+
+    Returns:
+        All parameters, in the form of `read_rope`.
+
+    Raises:
+        ValueError: The request has the wrong form for the model, or a type or factor that does not exist.
+    """
+    own = dict(own or read_rope(model) or {})
+    longest = own.pop(_MAX)
+    request = _plain(rope_parameters)
+    asked_longest = request.pop(_MAX, None)
+    layer_types = [name for name, value in own.items() if isinstance(value, dict)]
+    nested = any(isinstance(value, dict) for value in request.values())
+    if nested and not layer_types:
+        raise ValueError(
+            f"{type(model).__name__} has one RoPE for all layers: give rope_parameters without layer types."
+        )
+    if layer_types:
+        request = request if nested else {"full_attention": request}
+        if unknown := [name for name in request if name not in layer_types and request[name] != own.get(name)]:
+            raise ValueError(f"No RoPE for the layer types {unknown}. {type(model).__name__} has {layer_types}.")
+        found = {
+            name: _resolve(request[name], own[name], longest, _rotated(model, f"{name}_inv_freq"))
+            for name in layer_types
+            if name in request
+        }
+        resolved = {**own, **{name: parameters for name, (parameters, _) in found.items()}}
+        reached = [length for _, length in found.values()]
+    else:
+        resolved, length = _resolve(request, own, longest, _rotated(model, "inv_freq"))
+        reached = [length]
+    return {**resolved, _MAX: asked_longest or max([longest, *reached])}
+
+
+def rope_switch(model: nn.Module) -> RopeSwitch | None:
+    """Return what gives a model the RoPE of its active adapters; `None` for models without RoPE.
+
+    The tuner calls this and nothing else of this file.
+    """
+    switch = vars(model).get("_rope_switch")
+    if switch is None and read_rope(model) is not None:
+        switch = RopeSwitch(model, read_rope, resolve_rope, apply_rope)
+        vars(model)["_rope_switch"] = switch
+    return switch
+
+
+def _resolve(request: dict[str, Any], own: dict[str, Any], longest: int, dim: int) -> tuple[dict[str, Any], int]:
+    """Complete the parameters of one layer type; say how far they reach."""
+    kind = request.get("rope_type", own.get("rope_type", "default"))
+    known = sorted({"default", "ntk", *ROPE_INIT_FUNCTIONS})
+    if kind not in known:
+        raise ValueError(
+            f"rope_type={kind!r} is not known. This version of transformers, and this package, know {known}."
+        )
+    factor = request.get("factor", 1.0)
+    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
+        raise ValueError(f"factor={factor!r} is not allowed in rope_parameters. Use a number of at least 1.")
+    for name in ("short_factor", "long_factor"):
+        if len(request.get(name, [0] * (dim // 2))) != dim // 2:
+            raise ValueError(
+                f"{name} in rope_parameters must have {dim // 2} numbers, one per rotated pair of channels."
+            )
+    native = own.get(_NATIVE) or int(longest / (own.get("factor", 1) if own.get("rope_type") == "linear" else 1))
+    if kind == "ntk":
+        if "factor" not in request or set(request) - {"rope_type", "factor", "rope_theta"}:
+            raise ValueError(f"rope_type='ntk' takes a factor and, if you like, rope_theta; got {request}.")
+        if dim <= 2:
+            raise ValueError(f"rope_type='ntk' needs more than 2 rotated channels per head; this model has {dim}.")
+        theta = request.get("rope_theta", own["rope_theta"]) * factor ** (dim / (dim - 2))
+        return {**own, "rope_theta": theta}, int(factor * longest)
+    if "rope_type" not in request:  # a change to what the model has
+        return {**own, **request}, longest
+    resolved = {**{name: value for name, value in own.items() if name not in _SCALING}, **request}
+    if kind in ("llama3", "longrope", "yarn"):
+        resolved.setdefault(_NATIVE, native)
+    if kind == "dynamic":
+        return resolved, longest
+    return resolved, int(factor * resolved.get(_NATIVE, native))
+
+
+def _text_config(model: nn.Module) -> PreTrainedConfig | None:
+    """The config that the decoder reads its RoPE from, if it has one."""
+    config = getattr(model, "config", None)
+    if not isinstance(config, PreTrainedConfig):
+        return None
+    config = config.get_text_config()
+    return config if getattr(config, "rope_parameters", None) else None
+
+
+def _rotary_modules(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
+    """Those that read this very config: a vision tower has its own."""
+    return [m for m in model.modules() if hasattr(m, "rope_type") and getattr(m, "config", None) is config]
+
+
+def _rotated(model: nn.Module, name: str) -> int:
+    """How many channels a head rotates."""
+    config = _text_config(model)
+    assert config is not None
+    return 2 * getattr(_rotary_modules(model, config)[0], name).numel()
+
+
+def _read(config: PreTrainedConfig) -> dict[str, Any]:
+    return {**_plain(config.rope_parameters), _MAX: config.max_position_embeddings}
+
+
+def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy in JSON's types, without what says nothing: `None`, and the type under its old name."""
+    parameters = dict(parameters)
+    if "type" in parameters:
+        parameters.setdefault("rope_type", parameters.pop("type"))
+    kept = {name: _plain(v) if isinstance(v, Mapping) else v for name, v in parameters.items() if v is not None}
+    return dict(json.loads(json.dumps(kept)))
+
+
+def _write(config: PreTrainedConfig, parameters: Mapping[str, Any]) -> None:
+    rope = copy.deepcopy({name: value for name, value in parameters.items() if name != _MAX})
+    config.rope_parameters = {**config.rope_parameters, **rope} if _per_layer(rope) else rope
+    config.max_position_embeddings = parameters[_MAX]
+    if hasattr(config, _NATIVE) and _NATIVE in rope:  # Phi-3 has it in both places, and this one wins
+        config.original_max_position_embeddings = rope[_NATIVE]
+
+
+def _per_layer(parameters: Mapping[str, Any]) -> bool:
+    return any(isinstance(value, dict) for value in parameters.values())
+
+
+def _check_attention(model: nn.Module, *parameters: Mapping[str, Any]) -> None:
+    """Refuse what reaches into attention: multi-head latent attention computes its scaling from `mscale_all_dim`."""
+    latent = any(hasattr(module, "qk_rope_head_dim") for module in model.modules())
+    if latent and any(p.get("mscale_all_dim") for p in parameters):
+        raise ValueError(
+            f"{type(model).__name__} scales its attention by mscale_all_dim, which cannot change once it is loaded. "
+            "Load the base model with these rope_parameters instead."
+        )
+
+
+def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
+    return {name: value for name, value in vars(module).items() if name.endswith(_STATE)}, dict(module._buffers)
+
+
+def _put(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
+    attributes, buffers = state
+    devices = {buffer.device for buffer in module.buffers()}
+    for name in [name for name in vars(module) if name.endswith(_STATE)]:
+        del vars(module)[name]
+    vars(module).update(attributes)
+    module._buffers.clear()
+    module._buffers.update({name: buffer.to(*devices) for name, buffer in buffers.items()})
+    module._non_persistent_buffers_set = set(buffers)

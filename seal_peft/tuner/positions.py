@@ -1,0 +1,142 @@
+"""The RoPE that an adapter was trained under: recorded, compared when it is loaded, applied where it asks for it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from peft import PeftConfig
+from torch import nn
+
+from .config import SealConfig
+from .layer import SealLayer
+
+# These two measure by `max_position_embeddings`; for all other types it is no more than a note.
+_MEASURED_BY_LENGTH = ("dynamic", "longrope")
+
+
+def wanted_rope(rope: Any, config: PeftConfig, model: nn.Module) -> dict[str, Any] | None:
+    """Complete what a config asks for, and record in it the RoPE of its base.
+
+    Missing values come from the base that the adapter was trained on, not from the one that it is loaded on.
+
+    Args:
+        rope: The model's `RopeSwitch`; `None` for models without RoPE.
+        config: Config of a new or loaded adapter.
+        model: The base model.
+
+    Returns:
+        All RoPE parameters, or `None` if the adapter takes those of the model.
+
+    Raises:
+        ValueError: The model cannot take what the config asks for.
+    """
+    if not isinstance(config, SealConfig):
+        return None
+    if rope is None:
+        if config.rope_parameters is not None:
+            raise ValueError(
+                f"{type(model).__name__} has no rotary position embedding that this package knows, so an adapter "
+                f"cannot bring rope_parameters={config.rope_parameters}."
+            )
+        return None
+    expected, own = config._expected_base_rope, rope.own
+    wanted = rope.resolve(config.rope_parameters, expected) if config.rope_parameters is not None else None
+    difference = _difference(expected, own) if expected is not None else ""
+    if difference and wanted is None:
+        warnings.warn(
+            f"This adapter was trained with other RoPE parameters than the base model has: {difference}. Its scales "
+            "may not fit. To apply those of the adapter while it is in use, load it with `config = "
+            "SealConfig.from_pretrained(folder); config.rope_parameters = config.base_rope; "
+            "PeftModel.from_pretrained(base_model, folder, config=config)`; or load the base model with them "
+            "(`rope_parameters=...`).",
+            stacklevel=2,
+        )
+    elif difference and config.rope_parameters != expected:
+        warnings.warn(
+            f"The base model has other RoPE parameters than the one that this adapter was trained on: {difference}. "
+            "The adapter's own rope_parameters are applied, completed from the base that it was trained on: "
+            f"{wanted}.",
+            stacklevel=2,
+        )
+    # What a loaded adapter was trained on stays on record, unless it goes on training here.
+    if expected is None or (wanted is None and not config.inference_mode):
+        config.base_rope = own
+    return wanted
+
+
+def connect(
+    rope: Any, model: nn.Module, configs: Mapping[str, PeftConfig], adapter_name: str, wanted: dict[str, Any] | None
+) -> None:
+    """Register an injected adapter, so that its layers bring its RoPE in and out of force."""
+    if not isinstance(configs[adapter_name], SealConfig):
+        return
+    layers = [module for module in model.modules() if isinstance(module, SealLayer)]
+    for layer in layers:
+        layer.rope = rope
+    rope.add(adapter_name, wanted, layers)
+
+
+@contextmanager
+def unloading(rope: Any, model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
+    """Around the removal of all adapters: the model keeps the RoPE of what is in its weights afterwards.
+
+    Args:
+        rope: The model's `RopeSwitch`; `None` for models without RoPE.
+        model: The model.
+        adapter_names: Those that are merged on the way out.
+
+    Raises:
+        ValueError: They, and those that are merged already, ask for different RoPE.
+    """
+    if rope is None:
+        yield
+        return
+    layers = [module for module in model.modules() if isinstance(module, SealLayer)]
+    names = [*dict.fromkeys(name for layer in layers for name in layer.merged_adapters), *adapter_names]
+    rope.wanted(names)
+    for layer in layers:  # what is active but not merged counts no more
+        layer.rope = None
+    try:
+        yield
+    except BaseException:
+        for layer in layers:
+            layer.rope = rope
+        raise
+    rope.finish(names)
+
+
+def check_same_rope(config: SealConfig, model: nn.Module, adapter_name: str) -> None:
+    """Refuse to put the scales of one adapter in the place of another that was trained under other RoPE.
+
+    Raises:
+        ValueError: The two ask for different RoPE.
+    """
+    own = getattr(model, "peft_config", {}).get(adapter_name)
+    sides = [
+        None if c is None or c.rope_parameters is None else (c.rope_parameters, c.base_rope) for c in (config, own)
+    ]
+    if sides[0] != sides[1]:
+        raise ValueError(
+            f"The saved adapter asks for RoPE {sides[0]} and adapter {adapter_name!r} of the model for {sides[1]} "
+            "(None: the base model's own). Load it as an adapter of its own and switch with `set_adapter`."
+        )
+
+
+def _difference(trained: Mapping[str, Any], base: Mapping[str, Any]) -> str:
+    """Name every parameter that differs, with both values; empty if none does."""
+    sides = [_flat(side) for side in (trained, base)]
+    if not any(str(value) in _MEASURED_BY_LENGTH for side in sides for value in side.values()):
+        for side in sides:
+            side.pop("max_position_embeddings", None)
+    names = sorted(name for name in {**sides[0], **sides[1]} if sides[0].get(name) != sides[1].get(name))
+    return ", ".join(f"{name} {sides[0].get(name)} (adapter) and {sides[1].get(name)} (base)" for name in names)
+
+
+def _flat(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in parameters.items():
+        flat |= {f"{name}.{key}": v for key, v in value.items()} if isinstance(value, Mapping) else {name: value}
+    return flat
