@@ -130,7 +130,7 @@ def check_adapter(model_name_or_path: str, path: str) -> None:
             return  # Some methods compute with the weights, which a skeleton cannot; loading for real will tell.
         raise ValueError(
             f"The adapter {path} does not fit the model {model_name_or_path}. Pass the one that it was trained on, "
-            f"{config.base_model_name_or_path!r}, as --model_name_or_path. ({(mismatches or [error])[0]})"
+            f"{config.base_model_name_or_path!r}, as --model_name_or_path. ({mismatches[0] if mismatches else error})"
         ) from error
 
 

@@ -138,8 +138,12 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
     if differences:
         figure.colorbar(image, ax=list(grid[1]), label="difference (blue: better)", fraction=0.05)
     for row in grid:
-        next(axes for axes in row if axes.get_visible()).set_ylabel("depth of the fact\n(0 start, 1 end)")
-    figure.suptitle(f"{task}: score by depth and length")
+        first = next(axes for axes in row if axes.get_visible())
+        first.set_ylabel("depth of the fact\n(0 start, 1 end)")
+        first.tick_params(labelleft=True)
+    counts = sorted({cell["n"] for cell in cells})
+    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    figure.suptitle(f"{task}: score by depth and length, {samples} samples a field")
     numbers = {"task": task, "lengths": lengths, "depths": depths, "scores": scores, "differences": differences}
     return _save(figure, path, numbers)
 
@@ -172,7 +176,7 @@ def _draw_map(
         for y, row in enumerate(values):
             for x, value in enumerate(row):
                 if value is not None:
-                    red, green, blue, _ = image.to_rgba(value)
+                    red, green, blue, _ = image.cmap(image.norm(value))
                     dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
                     text = f"{value:.2f}" if limits[0] == 0 else f"{value:+.2f}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")

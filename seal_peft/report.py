@@ -67,7 +67,10 @@ def _results(metrics: dict[str, Any], folder: Path) -> list[str]:
         if plot_depths(metrics, task, folder / f"{task}-depths.png"):
             parts.append(f"![{task}: score by depth and length]({task}-depths.png)")
     if reached := metrics.get("effective_lengths"):
-        parts += ["## Effective length", f"The greatest length with a mean score of at least {reached['threshold']:g}."]
+        parts += [
+            "## Effective length",
+            f"The greatest length with a mean score of at least {reached['threshold']:g}.",
+        ]
         parts.append(markdown_table(effective_rows(reached["systems"])))
     if guard := metrics.get("guard"):
         parts += ["## Short contexts", markdown_table(guard_rows(guard))]

@@ -142,7 +142,13 @@ def test_depths_that_recur_are_cells() -> None:
 def test_random_depths_are_grouped_into_fifths() -> None:
     samples = [sample(512, depth) for depth in (0.0, 0.19, 0.2, 0.55, 1.0)]
     found = cells_of(samples, [1.0, 0.0, 1.0, 1.0, 0.0])
-    assert found == {(512, None): (0.6, 5), (512, 0.1): (0.5, 2), (512, 0.3): (1, 1), (512, 0.5): (1, 1), (512, 0.9): (0, 1)}
+    assert found == {
+        (512, None): (0.6, 5),
+        (512, 0.1): (0.5, 2),
+        (512, 0.3): (1, 1),
+        (512, 0.5): (1, 1),
+        (512, 0.9): (0, 1),
+    }
 
 
 def test_samples_without_depth_have_no_depth_cells() -> None:
