@@ -166,7 +166,7 @@ def _draw_map(
 ) -> Any:
     """Draw one map with the numbers in its fields; fields without samples stay empty."""
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
-    image = axes.imshow(numbers, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+    image: Any = axes.imshow(numbers, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
     axes.set_title(title, fontsize=10)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
@@ -176,7 +176,7 @@ def _draw_map(
         for y, row in enumerate(values):
             for x, value in enumerate(row):
                 if value is not None:
-                    red, green, blue, _ = image.cmap(image.norm(value))
+                    red, green, blue, _ = image.to_rgba(value)
                     dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
                     text = f"{value:.2f}" if limits[0] == 0 else f"{value:+.2f}"
                     axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
