@@ -82,27 +82,25 @@ def start(output):
         os._exit(0)
     return child
 
-def watch(child, seconds):
-    # Kill a child after so many seconds, if it is not done before, and tell how long it lived.
-    began = time.monotonic()
-    running = os.WEXITED | os.WNOHANG | os.WNOWAIT
-    while time.monotonic() - began < seconds and os.waitid(os.P_PID, child, running) is None:
-        time.sleep(0.01)
-    os.kill(child, signal.SIGKILL)
-    _, status = os.waitpid(child, 0)
-    assert status in (0, signal.SIGKILL)
-    return time.monotonic() - began
+def rows_in(output):
+    file = output / "predictions.jsonl"
+    return file.read_bytes().count(b"\\n") if file.exists() else 0
 
-longest, attempt = watch(start(folder / "timing"), 600), 0
+attempt = 0
 while len(rows_at_kills) < 10:
     output = folder / str(attempt)
-    lived = watch(start(output), rng.uniform(0.1, 0.9) * longest)
+    # Random in rows, and then in time: a slow machine must not get all its kills before the first answer.
+    goal, delay = rows_in(output) + rng.randint(0, 15), rng.uniform(0, 0.05)
+    child = start(output)
+    while rows_in(output) < goal and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+        time.sleep(0.002)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    assert os.waitpid(child, 0)[1] in (0, signal.SIGKILL)
     if (output / "metrics.json").exists():
-        # The next kills hit a new one. A machine that has become faster gets them sooner.
-        longest, attempt = min(longest, 2 * lived), attempt + 1
+        attempt += 1  # The next kills hit a new one.
     else:
-        file = output / "predictions.jsonl"
-        rows_at_kills.append(file.read_bytes().count(b"\\n") if file.exists() else 0)
+        rows_at_kills.append(rows_in(output))
 assert os.waitpid(start(folder / str(attempt)), 0)[1] == 0
 print(json.dumps([attempt + 1, rows_at_kills]))
 """

@@ -1,8 +1,9 @@
 """More samples like some given ones: their facts, questions and answers word for word, hidden in text of any length.
 
-An example is a short sample: paragraphs that say something, and the question as the last paragraph. The others are hidden
-in essays (plain sentences of our own where those are not installed), in their order, the first one at the asked depth. Nothing is reworded and no value is invented: only the author knows what else would be
-true. Examples 1, 3, 5, ... are for training, 2, 4, 6, ... for testing, so no example and no fact is in both.
+An example is a short sample: paragraphs that say something, and the question as the last one. The others are hidden in
+essays (plain sentences of our own where those are not installed), in their order, the first one at the asked depth.
+Nothing is reworded and no value is invented: only the author knows what else would be true. Examples 1, 3, 5, ... are
+for training, 2, 4, 6, ... for testing, so no example and no fact is in both.
 """
 
 from __future__ import annotations
