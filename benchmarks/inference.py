@@ -6,6 +6,7 @@ python benchmarks/inference.py --size 8b --tokens 8192 --output results/inferenc
 from __future__ import annotations
 
 import argparse
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -36,16 +37,22 @@ class Switch:
         self.model = model
         self.wrapped: dict[str, dict[str, nn.Module]] = {"base": self._projections()}
         for name, config in METHODS.items():
-            adapted = get_peft_model(model, config()).eval().requires_grad_(False)
+            get_peft_model(model, config()).eval().requires_grad_(False)
             self.wrapped[name] = self._projections()
-            self._put(self.wrapped["base"])
-            del adapted
+            self._undress()
         merged = get_peft_model(model, METHODS["seal-c"]()).eval()
         merged.merge_adapter()
-        self.wrapped["seal-c merged"] = {name: m.get_base_layer() for name, m in self._projections().items()
-                                         if hasattr(m, "get_base_layer")}  # fmt: skip
+        plain = copy.copy(self.wrapped["base"])
+        for path, module in self._projections().items():
+            if hasattr(module, "get_base_layer"):
+                plain[path] = copy.deepcopy(module.get_base_layer())
         merged.unmerge_adapter()
+        self.wrapped["seal-c merged"] = plain
+        self._undress()
+
+    def _undress(self) -> None:
         self._put(self.wrapped["base"])
+        del self.model.peft_config
 
     def _projections(self) -> dict[str, nn.Module]:
         return {
@@ -101,17 +108,21 @@ def decode_graphs(switch: Switch, tokens: torch.Tensor) -> dict[str, Callable[[]
     cache = StaticCache(config=switch.model.config, max_cache_len=length + 8)
     switch.wear("base")(tokens, past_key_values=cache, logits_to_keep=1)
     last, position = tokens[:, -1:].clone(), torch.tensor([[length]], device=tokens.device)
+
+    def step() -> None:
+        switch.model(last, past_key_values=cache, position_ids=position, logits_to_keep=1)
+        for layer in cache.layers:  # every step writes the same slot
+            layer.cumulative_length.fill_(length)
+
     replays: dict[str, Callable[[], object]] = {}
     for name in switch.wrapped:
-        model = switch.wear(name)
-
-        def step(model: nn.Module = model) -> None:
-            model(last, past_key_values=cache, position_ids=position, logits_to_keep=1)
-
+        switch.wear(name)
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(3):
                 step()
+        torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):

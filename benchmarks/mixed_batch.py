@@ -46,44 +46,42 @@ def with_adapters(model: torch.nn.Module, method: str, count: int) -> PeftModel:
 
 
 def measure(arguments: argparse.Namespace, method: str, count: int) -> dict[str, Any]:
-    """Time one decode step of a batch with `count` adapters in flight, beside the same step without any."""
+    """Time one decode step of a batch with `count` adapters in flight, and the same step of the bare model before."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     base = random_model(arguments.size, device)
-    before = _allocated()
-    model = with_adapters(base, method, count)
     rows = max(count, arguments.min_rows)
     names = [f"task{index % count}" for index in range(rows)]
     tokens = torch.randint(0, 500, (rows, arguments.tokens), device=device)
     cache = DynamicCache(config=base.config)
-    result: dict[str, Any] = {
-        "method": method,
-        "adapters": count,
-        "rows": rows,
-        "adapter_bytes_each": (_allocated() - before) / count,
-    }
     with torch.inference_mode():
-        model(tokens, past_key_values=cache, adapter_names=names, logits_to_keep=1)
+        base(tokens, past_key_values=cache, logits_to_keep=1)
 
-        def step(**kwargs: Any) -> None:
+        def step(model: torch.nn.Module, **kwargs: Any) -> None:
             model(tokens[:, -1:], past_key_values=cache, logits_to_keep=1, **kwargs)
             cache.crop(-1)
 
-        def plain() -> None:
-            with model.disable_adapter():
-                step()
-
-        systems = {"base": plain, "every call": lambda: step(adapter_names=names)}
-        times = interleaved(systems, arguments.repeats, arguments.calls)
+        times = interleaved({"base": lambda: step(base)}, arguments.repeats, arguments.calls)
+        before = _allocated()
+        model = with_adapters(base, method, count)
+        each = (_allocated() - before) / count
+        mixed = {"every call": lambda: step(model, adapter_names=names)}
+        times |= interleaved(mixed, arguments.repeats, arguments.calls)
         if method == "seal-h":
             # As in generate(): the rows' scales are gathered once for all steps.
             with model.base_model._enable_peft_forward_hooks(adapter_names=names):
-                times["within generate"] = interleaved({"x": step}, arguments.repeats, arguments.calls)["x"]
+                within = {"within generate": lambda: step(model)}
+                times |= interleaved(within, arguments.repeats, arguments.calls)
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            step(adapter_names=names)
-            result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-    result["step"] = summary(times, "base")
-    return result
+        step(model, adapter_names=names)
+    return {
+        "method": method,
+        "adapters": count,
+        "rows": rows,
+        "adapter_bytes_each": each,
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else None,
+        "step": summary(times, "base"),
+    }
 
 
 def _allocated() -> int:
@@ -96,7 +94,7 @@ def main() -> None:
     parser.add_argument("--size", default="8b", choices=["8b", "tiny"])
     parser.add_argument("--tokens", type=int, default=128, help="tokens in each row's cache")
     parser.add_argument("--seal", type=int, nargs="*", default=[1, 16, 256, 1024])
-    parser.add_argument("--lora", type=int, nargs="*", default=[1, 16, 64])
+    parser.add_argument("--lora", type=int, nargs="*", default=[1, 16])
     parser.add_argument("--min_rows", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--calls", type=int, default=3)
@@ -110,7 +108,7 @@ def main() -> None:
             steps = "  ".join(f"{name} {row['ms']:.1f} ms" for name, row in result["step"].items())
             print(
                 f"{method:<18} {count:>5} adapters {result['rows']:>5} rows  {steps}  "
-                f"{result['adapter_bytes_each']:.0f} bytes each, peak {result.get('peak_gib', 0):.1f} GiB",
+                f"{result['adapter_bytes_each']:.0f} bytes each, peak {result['peak_gib'] or 0:.1f} GiB",
                 flush=True,
             )
             write_json(arguments.output, {"arguments": vars(arguments), "results": results, **provenance()})

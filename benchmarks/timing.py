@@ -28,7 +28,7 @@ def interleaved(
 
 
 def summary(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
-    """Return median, extremes, and the median over rounds of the overhead to `base` in percent of the same round."""
+    """Return median, extremes, and the median over rounds of the overhead to `base` in percent, round by round."""
     return {
         name: {
             "ms": median(values),

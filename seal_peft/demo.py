@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,13 @@ def demo(arguments: DemoArguments) -> str:
     """
     started = time.monotonic()
     folder = Path(arguments.output_dir)
+    if find_spec("matplotlib") is None:  # asked first: the picture comes last
+        raise ImportError('Pictures need matplotlib: pip install "seal-peft[plot]"')
     resumed = _same_settings(folder / "demo.json", arguments)
     train_file, test_file = folder / "train.jsonl", folder / "test.jsonl"
     adapter, merged, results = folder / "adapter", folder / "merged", folder / "eval"
     model, seed = arguments.model_name_or_path, arguments.seed
     data: dict[str, Any] = {"model_name_or_path": model, "lengths": [arguments.length], "seed": seed}
-    make_data(
-        MakeDataArguments(**data, output_file=str(test_file), split="test", num_samples=arguments.num_test_samples)
-    )
     make_data(
         MakeDataArguments(
             **data,
@@ -77,6 +77,10 @@ def demo(arguments: DemoArguments) -> str:
             questions_per_context=arguments.questions_per_context,
         )
     )
+    make_data(
+        MakeDataArguments(**data, output_file=str(test_file), split="test", num_samples=arguments.num_test_samples)
+    )
+    write_json(folder / "demo.json", asdict(arguments))
     base = ["--model_name_or_path", model]
     evaluation = ["evaluate", *base, "--test_file", test_file, "--output_dir", results]
     _stage(*evaluation)
@@ -92,6 +96,7 @@ def demo(arguments: DemoArguments) -> str:
     run = json.loads((adapter / "run.json").read_text(encoding="utf-8"))
     summary: dict[str, Any] = {
         **{name: systems[name] for name in ("base", "adapter", "merged")},
+        "arguments": asdict(arguments),
         "max_logit_difference_merged": _logit_difference(model, adapter, merged, test_file),
         "adapter_bytes": (adapter / "adapter_model.safetensors").stat().st_size,
         "trainable_parameters": run["trainable_parameters"],
@@ -105,9 +110,8 @@ def demo(arguments: DemoArguments) -> str:
 
 
 def _same_settings(record: Path, arguments: DemoArguments) -> bool:
-    """Tell whether an earlier call began this very demo, and note it for the next one if none did."""
+    """Tell whether an earlier call began this very demo."""
     if not record.is_file():
-        write_json(record, asdict(arguments))
         return False
     before, settings = json.loads(record.read_text(encoding="utf-8")), asdict(arguments)
     changed = [name for name in settings if before.get(name) != settings[name]]
@@ -150,6 +154,7 @@ def _table(summary: dict[str, Any], folder: Path) -> str:
         f"\n{markdown_table(rows)}\n\n"
         f"{summary['trainable_parameters']:,} scales, {summary['adapter_bytes']:,} bytes, trained in "
         f"{summary['training_seconds']:.0f} s; everything took {summary['seconds']:.0f} s on {summary['device']}.\n"
-        f"Largest logit difference of the merged model: {summary['max_logit_difference_merged']:.2g}.\n"
+        f"Largest difference of any logit by merging: {summary['max_logit_difference_merged']:.2g} "
+        "(the merged weights are rounded to their dtype once more).\n"
         f"Picture: {folder / 'scales.png'}"
     )

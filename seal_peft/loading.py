@@ -37,7 +37,6 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def _cpu_has_bfloat16() -> bool:
-    # Measured on an AMD EPYC with AVX512-BF16: a training step at 1K tokens takes 3 s in bfloat16, 18 s in float32.
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 

@@ -5,6 +5,7 @@ seal-peft train --model_name_or_path smollm2 --train_file runs/demo/train.jsonl 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import shutil
@@ -19,7 +20,7 @@ from packaging.version import Version
 from peft import get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
 from .data import check_window, read_samples
@@ -27,7 +28,7 @@ from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
 from .provenance import provenance
 from .tokens import AnswerCollator, encode_training
-from .tuner import SealConfig, save_adapter
+from .tuner import SealConfig, save_adapter, scales
 from .tuner.config import Granularity
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
@@ -68,7 +69,9 @@ class SealTrainingArguments(TrainingArguments):
     output_dir: str = field(metadata={"help": "Adapter folder to write; checkpoints stand in it meanwhile."})
     per_device_train_batch_size: int = field(default=1, metadata={"help": "1 needs no padding: flash kernels stay."})
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
-    save_steps: float = field(default=50, metadata={"help": "Write a checkpoint every so many steps."})
+    save_steps: float = field(
+        default=0.1, metadata={"help": "Write a checkpoint every so many steps; below 1, every such share of the run."}
+    )
     save_total_limit: int | None = field(default=1, metadata={"help": "Checkpoints to keep."})
     report_to: str = field(default="none", metadata={"help": "Experiment trackers, as in transformers."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Token ids are too few to be worth it."})
@@ -126,6 +129,9 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     rows = [encode_training(sample, tokenizer) for sample in progress]
     check_window(model_config, max(len(row["input_ids"]) for row in rows))
 
+    with torch.device("meta"):  # whether the heads can be found shows without the weights
+        get_peft_model(AutoModelForCausalLM.from_config(model_config), copy.deepcopy(config))
+
     output_dir = Path(training_arguments.output_dir)
     settings = _settings(arguments, training_arguments)
     checkpoint = training_arguments.resume_from_checkpoint or _unfinished_checkpoint(output_dir, settings)
@@ -139,6 +145,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         data_collator=AnswerCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    trainer.get_train_dataloader()  # a bad batch size shows here, before an earlier adapter is cleared away
     if checkpoint is None and trainer.is_world_process_zero():
         _start_afresh(output_dir, settings)
     if torch.cuda.is_available():
@@ -147,27 +154,35 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return output_dir
+    if not all(scale.isfinite().all() for scale in scales(model).values()):
+        _start_afresh(output_dir, settings)  # no checkpoint of it is worth going on from
+        raise ValueError("Training diverged: the scales are not finite, and nothing was saved. Lower --learning_rate.")
     save_adapter(model, output_dir)
-    state = trainer.state
-    write_json(
-        output_dir / FINISHED,
-        {
-            "arguments": asdict(arguments),
-            "training_arguments": training_arguments.to_dict(),
-            "samples": len(samples),
-            "tokens": round(sum(len(row["input_ids"]) for row in rows) * (state.epoch or 0)),
-            "steps": state.global_step,
-            "trainable_parameters": model.get_nb_trainable_parameters()[0],
-            # Of this call: an interrupted run's earlier steps are not in it.
-            "seconds": time.monotonic() - started,
-            "resumed_from": checkpoint,
-            "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "loss_curve": [{"step": row["step"], "loss": row["loss"]} for row in state.log_history if "loss" in row],
-            **provenance(),
-        },
-    )
+    record = {
+        "arguments": asdict(arguments),
+        "trainable_parameters": model.get_nb_trainable_parameters()[0],
+        "samples": len(rows),
+        "tokens": round(sum(len(row["input_ids"]) for row in rows) * (trainer.state.epoch or 0)),
+        # Of this call: an interrupted run's earlier steps are not in it.
+        "seconds": time.monotonic() - started,
+        "resumed_from": checkpoint,
+        **_record(trainer),
+    }
+    write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
+
+
+def _record(trainer: Trainer) -> dict[str, Any]:
+    """What the Trainer itself can say of a training, for `run.json`."""
+    history = trainer.state.log_history
+    return {
+        "training_arguments": trainer.args.to_dict(),
+        "steps": trainer.state.global_step,
+        "peak_memory_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+        "loss_curve": [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row],
+        **provenance(),
+    }
 
 
 def _settings(arguments: TrainArguments, training_arguments: TrainingArguments) -> dict[str, Any]:
@@ -196,6 +211,10 @@ def _unfinished_checkpoint(output_dir: Path, settings: dict[str, Any]) -> str | 
                 f"{output_dir} holds checkpoints of another program. Remove them or choose another --output_dir."
             )
         return None
+    # The Trainer writes its state last: a checkpoint without it was cut off.
+    whole = [path for path in output_dir.glob(CHECKPOINTS) if (path / TRAINER_STATE_NAME).is_file()]
+    if not whole:
+        return None  # it ended before its first checkpoint, so there is nothing to go on from
     before = json.loads(record.read_text(encoding="utf-8"))
     changed = sorted(name for name in before | settings if before.get(name) != settings.get(name))
     if changed:
@@ -204,9 +223,7 @@ def _unfinished_checkpoint(output_dir: Path, settings: dict[str, Any]) -> str | 
             f"{output_dir} holds an unfinished training with other settings ({described}). Give the same settings to "
             "go on; to start afresh, remove the folder or choose another --output_dir."
         )
-    # The Trainer writes its state last: a checkpoint without it was cut off.
-    whole = [path for path in output_dir.glob(CHECKPOINTS) if (path / TRAINER_STATE_NAME).is_file()]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
 def _start_afresh(output_dir: Path, settings: dict[str, Any]) -> None:

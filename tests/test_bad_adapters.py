@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from models import adapted, base_model, llama, logits, seal_layers
@@ -187,15 +187,32 @@ def test_a_state_dict_with_broken_scales_is_refused():
     assert torch.equal(logits(model), before)
 
 
-def test_a_missing_weights_file_is_refused(saved):
+@both_ways_to_load
+def test_a_missing_weights_file_is_refused(load, saved):
     (saved / WEIGHTS).unlink()
-    base = base_model("llama")
-    before = logits(base)
-    with pytest.raises(ValueError, match=str(saved)):
-        PeftModel.from_pretrained(base, saved)
-    assert torch.equal(logits(base), before)
+    assert_refused(load, saved, rf"adapter_config\.json in {saved} but no {WEIGHTS}.*Save the adapter again")
     with pytest.raises(ValueError, match=rf"{saved} is not an adapter folder: there is no {WEIGHTS}"):
         scales(saved)
+
+
+def test_the_config_of_a_folder_without_weights_can_be_read_alone(saved, tmp_path):
+    (saved / WEIGHTS).unlink()
+    assert PeftConfig.from_pretrained(saved).heads == [[4, 12], [4, 12]]
+    SealConfig(granularity="channel").save_pretrained(tmp_path / "settings")  # of no adapter
+    assert SealConfig.from_pretrained(tmp_path / "settings").granularity == "channel"
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"num_attention_heads": 8}, {"head_dim": 6}, {"num_attention_heads": 8, "head_dim": 6}]
+)
+def test_heads_that_disagree_with_an_adapter_already_there_are_refused(wrong):
+    model = adapted("llama")
+    before = logits(model)
+    with pytest.raises(ValueError, match=r"disagrees with the adapters that model\.layers\.0.*which have"):
+        model.add_adapter("other", SealConfig(**wrong))
+    assert list(model.peft_config) == ["default"]
+    assert torch.equal(logits(model), before)
+    model.add_adapter("other", SealConfig(num_attention_heads=4, head_dim=12))  # the numbers that are true
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
@@ -227,3 +244,21 @@ def test_a_good_adapter_loads_after_a_broken_one(saved):
     model.load_adapter(saved, "other")
     model.set_adapter("other")
     assert torch.equal(logits(model), logits(adapted("llama", "head")))
+
+
+@pytest.mark.parametrize("target", ["q_proj", "self_attn.v_proj"])
+def test_a_projection_that_reads_the_hidden_state_is_refused(target):
+    model = base_model("llama")
+    with pytest.raises(ValueError, match="reads the hidden state, not the heads.*o_proj"):
+        get_peft_model(model, SealConfig(target_modules=[target], num_attention_heads=1))
+    assert not seal_layers(model)
+
+
+def test_a_projection_that_is_never_called_is_refused():
+    class Block(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attn = torch.nn.MultiheadAttention(8, 2)
+
+    with pytest.raises(TypeError, match="without calling it.*exclude_modules"):
+        get_peft_model(Block(), SealConfig(target_modules=["out_proj"], num_attention_heads=2))

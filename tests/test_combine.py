@@ -71,6 +71,14 @@ def test_adapters_of_different_shape_and_layers_combine(tmp_path):
     }
 
 
+def test_adapters_whose_configs_name_other_numbers_of_heads_combine():
+    model = adapted("llama", layers_to_transform=[0], num_attention_heads=4)
+    model.add_adapter("other", SealConfig(layers_to_transform=[1], num_attention_heads=6, head_dim=8))
+    draw_scales(model, "other", seed=3)
+    model.add_weighted_adapter(["default", "other"], [1.0, 1.0], "sum")
+    assert all(torch.equal(scales(model, "sum")[name], scale) for name, scale in scales(model, "other").items())
+
+
 def test_a_weighted_adapter_survives_its_parts():
     model = adapted("llama", "head")
     model.add_weighted_adapter(["default"], [0.5], "default2")

@@ -22,6 +22,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import models
 import tokenizers_for_tests as tokenizers_
 from seal_peft import data, tokens
 from seal_peft.data import check_window, make_samples, read_samples, window_of, write_samples
@@ -444,6 +445,19 @@ def test_gradients_are_bit_equal_to_those_of_full_logits(
     for name in theirs:
         if "o_proj" in name:
             assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_gradients_of_scales_are_bit_equal_to_those_of_full_logits(name: str, dtype: torch.dtype) -> None:
+    model = models.adapted(name, "channel").to(dtype)
+    ids = models.INPUT_IDS[0].tolist()
+    row = {"input_ids": ids, "labels": [IGNORED] * 4 + ids[4:]}
+    offsets = [layer.offset("default") for layer in models.seal_layers(model).values()]
+    ours = torch.autograd.grad(model(**AnswerCollator()([row])).loss, offsets)
+    theirs = torch.autograd.grad(model(**full(row)).loss, offsets)
+    assert all(gradient.any() for gradient in ours)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_a_padded_batch_is_the_mean_over_its_answer_tokens(tiny_llama: LlamaForCausalLM, rows: list) -> None:

@@ -57,6 +57,7 @@ def test_a_length_too_short_ends_the_demo_at_once(tmp_path: Path, capsys: pytest
     model = save_model(tmp_path / "model", weights=False)
     assert seal("demo", "--model_name_or_path", model, "--output_dir", tmp_path / "run", "--length", 20) == 1
     assert "length=20 tokens is too short" in error_of(capsys)
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_failing_process_ends_the_demo(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

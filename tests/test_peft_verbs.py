@@ -22,11 +22,11 @@ from torch import nn
 from torch.testing import assert_close
 
 import seal_peft
-from models import INPUT_IDS, adapted, base_model, draw_scales, logits, seal_layers
+from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, draw_scales, logits, seal_layers
 from seal_peft import SealConfig, SealLayer, scales
 
 both_granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
-some_models = pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt2"])
+some_models = pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3_text", "opt", "gpt2"])
 
 
 def offsets(model, adapter_name="default"):
@@ -344,6 +344,17 @@ def test_disabling_a_merged_adapter_gives_the_base():
     assert_close(logits(model), before, rtol=0, atol=1e-5)
 
 
+def test_a_layer_that_is_wrapped_while_adapters_are_disabled_is_disabled_too():
+    model = adapted("llama", layers_to_transform=[1])
+    model.base_model.disable_adapter_layers()
+    model.add_adapter("other", SealConfig(layers_to_transform=[0]))
+    draw_scales(model, "other")
+    model.set_adapter("other")
+    assert torch.equal(logits(model), logits(base_model("llama")))
+    model.base_model.enable_adapter_layers()
+    assert not torch.equal(logits(model), logits(base_model("llama")))
+
+
 @some_models
 def test_unloading_gives_the_plain_base_back(name):
     plain = adapted(name).unload()
@@ -654,3 +665,12 @@ def test_inference_never_uses_a_scale_of_before_the_change(change, frozen):
     expected = logits(copy.deepcopy(model).merge_and_unload())
     assert_close(after.float(), expected.float(), rtol=0, atol=1e-5 if after.dtype == torch.float32 else 0.25)
     assert (after - before).abs().max() > (0.05 if after.dtype == torch.float32 else 0)
+
+
+def test_scales_have_the_same_names_whatever_is_wrapped_around_the_model():
+    model = adapted("llama")
+    names = set(scales(model))
+    compiled = torch.compile(model, backend="eager")
+    for outer in (model.base_model, model.get_base_model(), compiled):
+        assert set(scales(outer)) == names
+    assert names == set(ARCHITECTURES["llama"].projections)

@@ -282,3 +282,30 @@ def test_bad_sample_files_are_refused_before_the_model_is_loaded(
     )
     assert complaint in error
     assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_setting_costs_no_finished_adapter_and_blocks_no_second_try(house: Path, tmp_path: Path) -> None:
+    train_in(tmp_path, house, max_steps=1)
+    before = weights(tmp_path)
+    with pytest.raises(ValueError, match="batch_size"):
+        train_in(tmp_path, house, per_device_train_batch_size=0)
+    assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
+    train_in(tmp_path, house, max_steps=2)
+    assert run_of(tmp_path)["steps"] == 2
+
+
+def test_a_diverged_training_saves_nothing_and_says_what_to_lower(house: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="diverged.*Lower --learning_rate"):
+        train_in(tmp_path, house, learning_rate=1e38)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+    assert run_of(train_in(tmp_path, house, max_steps=1))["resumed_from"] is None
+
+
+def test_layers_that_do_not_exist_are_found_before_any_weights_are_read(house: Path, tmp_path: Path) -> None:
+    save_model(tmp_path / "weightless", weights=False)
+    arguments = TrainArguments(
+        str(tmp_path / "weightless"), str(house / "train.jsonl"), layers_to_transform=[99], dtype="float32"
+    )
+    with pytest.raises(ValueError, match="layers_to_transform.*99"):
+        train(arguments, SealTrainingArguments(output_dir=str(tmp_path / "adapter"), **SETTINGS))
+    assert not (tmp_path / "adapter").exists()

@@ -12,6 +12,7 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from .layer import SealLayer
+from .scales import layers_with
 
 
 def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") -> None:
@@ -50,13 +51,13 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
         ValueError: The files do not fit: another method or granularity, layers that the model's adapter lacks, or
             values that are not finite; or the adapter is merged.
     """
-    layers = {_plain(name): layer for name, layer in _named_layers(model, adapter_name).items()}
+    layers = layers_with(model, adapter_name)
     _unmerged_layers(model, adapter_name)
     config = PeftConfig.from_pretrained(str(model_id))
     if config.peft_type != "SEAL":
         raise ValueError(f"{model_id} is an adapter of type {config.peft_type}, so it cannot replace a SEAL adapter.")
     saved = {
-        _plain(key.removesuffix(".seal_delta.weight")): value
+        key.removeprefix("base_model.model.").removesuffix(".seal_delta.weight"): value
         for key, value in load_peft_weights(str(model_id), device="cpu").items()
     }
     if unknown := sorted(set(saved) - set(layers)):
@@ -88,22 +89,8 @@ def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Seque
     target.copy_(total)
 
 
-def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
-    named = {name: module for name, module in model.named_modules() if isinstance(module, SealLayer)}
-    layers = {name: layer for name, layer in named.items() if adapter_name in layer.seal_delta}
-    if not layers:
-        known = sorted({key for layer in named.values() for key in layer.seal_delta})
-        raise ValueError(f"The model holds no SEAL adapter named {adapter_name!r}. It holds: {known or 'none'}.")
-    return layers
-
-
 def _unmerged_layers(model: nn.Module, adapter_name: str) -> list[SealLayer]:
-    layers = list(_named_layers(model, adapter_name).values())
+    layers = list(layers_with(model, adapter_name).values())
     if any(adapter_name in layer.merged_adapters for layer in layers):
         raise ValueError(f"Adapter {adapter_name!r} is merged into the weights. Call `unmerge_adapter` first.")
     return layers
-
-
-def _plain(name: str) -> str:
-    """A layer's name without what PEFT and torch.compile put around it."""
-    return name.removeprefix("_orig_mod.").removeprefix("base_model.model.").removesuffix(".base_layer")

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 from peft.config import PeftConfig
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
 from safetensors import safe_open
 from torch import Tensor
 
@@ -130,14 +130,17 @@ class SealConfig(PeftConfig):
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
         """Load the config; in a local folder, make sure first that the weights beside it are usable.
 
-        PEFT reads the config before it touches the model, so that a broken adapter leaves the model as it was.
+        PEFT reads the config before it touches the model, so that a broken adapter leaves the model as it was. A
+        config that never was in a model may be alone in its folder; `PeftConfig.from_pretrained` reads any config
+        without asking for weights.
 
         Raises:
-            ValueError: The weights file is cut off or is not a safetensors file, or holds scales that are not finite
-                or not of the config's granularity.
+            ValueError: The weights file of a trained adapter is missing, is cut off or is not a safetensors file, or
+                holds scales that are not finite or not of the config's granularity.
         """
-        finish_save(os.path.join(pretrained_model_name_or_path, subfolder or ""))
-        weights = os.path.join(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        folder = os.path.join(pretrained_model_name_or_path, subfolder or "")
+        finish_save(folder)
+        weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         check_weights_file(weights)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if os.path.isfile(weights):
@@ -145,6 +148,11 @@ class SealConfig(PeftConfig):
                 for key in file.keys():  # noqa: SIM118 (not a dict)
                     if key.endswith(".seal_delta.weight"):
                         config._check_scale(key, file.get_tensor(key))
+        elif os.path.isdir(folder) and config.heads and not os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
+            raise ValueError(
+                f"There is an {CONFIG_NAME} in {folder} but no {SAFETENSORS_WEIGHTS_NAME}: the scales are missing. "
+                "Save the adapter again, or download it again."
+            )
         return config
 
     def _check_scale(self, name: str, value: Tensor) -> None:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 class HeadGeometry(NamedTuple):
@@ -125,12 +126,10 @@ def head_geometry(
 
 
 def is_output_projection(module: nn.Module) -> bool:
-    """Tell whether a module is a linear map, so that its input can be scaled and the scale folded into it."""
+    """Tell whether a module is a linear map, plain or quantised, so that its input can be scaled."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
-    return not isinstance(module, (nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.MultiheadAttention)) and (
-        hasattr(module, "weight") or hasattr(module, "qweight") or hasattr(module, "W_q")
-    )
+    return isinstance(module, nn.Linear | Conv1D) or hasattr(module, "qweight") or hasattr(module, "W_q")
 
 
 def _first_int(source: object, names: tuple[str, ...]) -> int | None:

@@ -39,18 +39,21 @@ class KeptScale(NamedTuple):
         """Tell whether the scale would come out the same again.
 
         A version counts in-place writes, the address sees moves, and holding on to a parameter keeps a new one from
-        getting the address of the old one.
+        getting the address of the old one. Writing in place through `.data` of a frozen parameter is the one change
+        that leaves no trace (`p.data.mul_(2)`; torch does not track it): write under `torch.no_grad()` instead.
         """
         if layer.active_adapter is not self.active or layer.merged_adapters != self.merged:
             return False
+        modules, alphas = layer.seal_delta._modules, layer.seal_alpha
         for name, weight, address, version, alpha in self.parts:
+            offset = modules.get(name)
             if (
-                name not in layer.seal_delta
-                or layer.offset(name) is not weight
+                offset is None
+                or offset._parameters["weight"] is not weight
+                or weight._version != version
                 or weight.requires_grad
                 or weight.data_ptr() != address
-                or weight._version != version
-                or layer.seal_alpha[name] != alpha
+                or alphas[name] != alpha
             ):
                 return False
         return True

@@ -25,10 +25,10 @@ _SUM_TOKENS = 512
 def fits_kernel(x: Tensor) -> bool:
     """Tell whether the kernels apply: a long, contiguous half-precision tensor on a CUDA device, Triton at hand."""
     return (
-        triton is not None
-        and x.is_cuda
-        and x.dtype in (torch.bfloat16, torch.float16)
+        x.is_cuda
         and x.numel() >= _MIN_ELEMENTS
+        and triton is not None
+        and x.dtype in (torch.bfloat16, torch.float16)
         and x.is_contiguous()
     )
 

@@ -35,6 +35,14 @@ class ScaleOffset(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(shape))
 
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, unless it is broken: transformers' `load_adapter` assigns what it read without a check."""
+        if type(param) is nn.Parameter and not param.is_meta and not torch.isfinite(param).all():
+            raise ValueError(
+                "The adapter holds NaN or infinite scales. Its file is broken or its training diverged; do not use it."
+            )
+        super().register_parameter(name, param)
+
     def forward(self, alpha: float) -> Tensor:
         """Return the scale `1 + alpha * weight` in fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`."""
         weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
@@ -113,7 +121,7 @@ class Linear(nn.Module, SealLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Scale the heads in `x`, shape `(..., num_heads * head_dim)`, and apply the base layer."""
-        if self.disable_adapters:
+        if self._disable_adapters:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
@@ -132,9 +140,10 @@ class Linear(nn.Module, SealLayer):
         if torch.compiler.is_compiling():
             names = self._acting_names()
             return self._per_channel(names) if names else None
-        if self._kept_scale is not None and self._kept_scale.still_holds(self):
-            check_names(self, self._kept_scale.names)
-            return self._kept_scale.scale
+        kept = self._kept_scale
+        if kept is not None and kept.still_holds(self):
+            check_names(self, kept.names)
+            return kept.scale
         self._kept_scale = None
         names = self._acting_names()
         check_names(self, names)

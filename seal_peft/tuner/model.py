@@ -24,6 +24,11 @@ from .geometry import TARGET_MODULES, HeadGeometry, default_target_modules, head
 from .layer import Linear, SealLayer
 from .rows import scaled_rows
 
+# Attention projections whose input is the hidden state: their sizes often fit, their meaning does not.
+_INPUT_PROJECTIONS = frozenset(
+    "q_proj k_proj v_proj qkv_proj c_attn query_key_value Wqkv q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+)
+
 
 class SealModel(BaseTuner):
     """A model whose attention heads carry learned scales.
@@ -73,7 +78,7 @@ class SealModel(BaseTuner):
                 _check_supported(module, name)
                 found.append(list(self._geometry(peft_config, model, module, name)))
         expected = peft_config._expected_heads
-        if found and expected is not None and found != [list(pair) for pair in expected]:
+        if expected is not None and found != [list(pair) for pair in expected]:
             raise ValueError(
                 f"This adapter was trained on {_describe(expected)}, but the base model has {_describe(found)}. Load "
                 "it on the model it was trained on"
@@ -84,9 +89,21 @@ class SealModel(BaseTuner):
     def _geometry(self, config: SealConfig, model: nn.Module, target: nn.Module, name: str) -> HeadGeometry:
         seal = seal_inside(target)
         if seal is not None:
+            for field, own in zip(("num_attention_heads", "head_dim"), seal.geometry, strict=True):
+                value = getattr(config, field)
+                if value not in (None, own):
+                    raise ValueError(
+                        f"SealConfig({field}={value}) disagrees with the adapters that {name} carries already, which "
+                        f"have {field}={own}. Adapters of one module share its heads: give the same number, or None."
+                    )
             return seal.geometry
         target = tuner_layers(target)[-1].get_base_layer() if isinstance(target, BaseTunerLayer) else target
         parent = model.get_submodule(name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise TypeError(
+                f"{name} belongs to a torch.nn.MultiheadAttention, which reads its weight without calling it, so that "
+                "scales on its input would do nothing. Leave it out with `exclude_modules`."
+            )
         return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim)
 
     def _create_and_replace(
@@ -110,6 +127,9 @@ class SealModel(BaseTuner):
         kwargs = get_quantization_kwargs(self.model)
         new_module = Linear(target, adapter_name, peft_config, geometry, **kwargs)
         new_module.model_configs = self.peft_config
+        wrapped = next((layer for layer in self.model.modules() if isinstance(layer, SealLayer)), None)
+        if wrapped is not None and wrapped.disable_adapters:
+            new_module.enable_adapters(False)  # until the whole model is enabled again
         if adapter_name not in self.active_adapters:
             # An additional adapter is not trainable until it is activated.
             new_module.requires_grad_(False)
@@ -204,6 +224,8 @@ class SealModel(BaseTuner):
             exclude_modules=None,
             layers_to_transform=None,
             layers_pattern=None,
+            num_attention_heads=_shared([config.num_attention_heads for config in configs]),
+            head_dim=_shared([config.head_dim for config in configs]),
             heads=None,
             init_weights=True,
             inference_mode=True,
@@ -228,6 +250,31 @@ class SealModel(BaseTuner):
                 and sum(name in module.modules_to_save for name in adapters) > 1
             ):
                 raise ValueError("Cannot combine adapters that train the same module in full (`modules_to_save`).")
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: SealConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select what is saved, unless PEFT has already dropped it.
+
+        Raises:
+            ValueError: Another adapter has the name of a module on the way to the scales. PEFT takes all keys with
+                that name for the other adapter's and would write an empty file.
+        """
+        names = {
+            part for name, layer in model.named_modules() if isinstance(layer, SealLayer) for part in name.split(".")
+        }
+        if shared := sorted(names & set(unwanted_adapter_names)):
+            raise ValueError(
+                f"Adapter {adapter_name!r} cannot be saved beside an adapter named {shared[0]!r}: modules of the model "
+                "have that name, too, and PEFT cannot tell them apart. Load that adapter under another name."
+            )
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -259,6 +306,10 @@ class SealModel(BaseTuner):
         return remapped
 
 
+def _shared(values: list[int | None]) -> int | None:
+    return values[0] if len(set(values)) == 1 else None
+
+
 def _describe(heads: list[list[int]]) -> str:
     """Say how many attention layers there are of each number of heads and head size."""
     kinds = Counter((num_heads, head_dim) for num_heads, head_dim in heads)
@@ -266,6 +317,11 @@ def _describe(heads: list[list[int]]) -> str:
 
 
 def _check_supported(module: nn.Module, name: str) -> None:
+    if name.rpartition(".")[2] in _INPUT_PROJECTIONS:
+        raise ValueError(
+            f"{name} reads the hidden state, not the heads. SEAL scales the input of the attention output projection: "
+            "name that one in `target_modules` (often `o_proj`, `out_proj` or `dense`), or leave it to the default."
+        )
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(
         base, get_apply_tensor_subclass=lambda: None

@@ -6,6 +6,9 @@ import os
 from pathlib import Path
 
 import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -13,7 +16,6 @@ from .config import check_weights_file
 from .layer import SealLayer
 from .saving import finish_save
 
-_WEIGHTS_NAME = "adapter_model.safetensors"
 _KEY_SUFFIX = ".seal_delta.weight"
 _KEY_PREFIX = "base_model.model."
 
@@ -41,27 +43,37 @@ def scales(model: nn.Module | str | os.PathLike[str], adapter_name: str = "defau
     return _from_folder(Path(model)) if isinstance(model, str | os.PathLike) else _from_model(model, adapter_name)
 
 
-def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SealLayer)}
-    found = {
-        name.removeprefix(_KEY_PREFIX).replace(".base_layer", ""): 1
-        + layer.offset(adapter_name).detach().float().cpu()
-        for name, layer in layers.items()
-        if adapter_name in layer.seal_delta
-    }
-    if not found:
-        known = sorted({key for layer in layers.values() for key in layer.seal_delta})
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
+    """Return the layers that hold an adapter by their names in the base model, whatever is wrapped around it.
+
+    Raises:
+        ValueError: No layer holds an adapter of this name.
+    """
+    base = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if isinstance(base, PeftModel):
+        base = base.get_base_model()
+    elif isinstance(base, BaseTuner):
+        base = base.model
+    named = {name: module for name, module in base.named_modules() if isinstance(module, SealLayer)}
+    layers = {name.replace(".base_layer", ""): m for name, m in named.items() if adapter_name in m.seal_delta}
+    if not layers:
+        known = sorted({key for layer in named.values() for key in layer.seal_delta})
         raise ValueError(
             f"The model holds no SEAL adapter named {adapter_name!r}. Adapters it holds: {known or 'none'}."
         )
-    return found
+    return layers
+
+
+def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    layers = layers_with(model, adapter_name)
+    return {name: 1 + layer.offset(adapter_name).detach().float().cpu() for name, layer in layers.items()}
 
 
 def _from_folder(folder: Path) -> dict[str, Tensor]:
     finish_save(folder)
-    path = folder / _WEIGHTS_NAME
+    path = folder / SAFETENSORS_WEIGHTS_NAME
     if not path.is_file():
-        raise ValueError(f"{folder} is not an adapter folder: there is no {_WEIGHTS_NAME} in it.")
+        raise ValueError(f"{folder} is not an adapter folder: there is no {SAFETENSORS_WEIGHTS_NAME} in it.")
     check_weights_file(str(path))
     with safe_open(path, framework="pt") as file:
         found = {

@@ -1,0 +1,278 @@
+"""Any order of verbs gives the logits of a plain base whose weights were multiplied by hand.
+
+The oracle knows PEFT's rules for who is active, merged and enabled, and the numbers it gave to every adapter. It never
+reads the state of the model.
+"""
+
+import contextlib
+import copy
+import shutil
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from peft import PeftModel, get_peft_model
+from torch.testing import assert_close
+
+from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, logits, multiply_by_hand, seal_layers
+from seal_peft import SealConfig, hotswap_adapter, scales, set_strength
+
+NAMES = ["one", "two", "three"]
+names = st.sampled_from(NAMES)
+some_names = st.lists(names, min_size=1, max_size=3, unique=True)
+granularities = st.sampled_from(["head", "channel"])
+layer_choices = st.sampled_from([None, [0], [1]])
+seeds = st.integers(0, 99)
+strengths = st.sampled_from([-0.5, 0.0, 0.5, 1.0, 1.5])
+
+# What PEFT says when a verb meets merged adapters, or deletes the active one.
+_EXPECTED = (
+    "Already unmerged",
+    "All adapters are already merged",
+    "Already following adapters were merged",
+    "Adapter cannot be set when the model is merged",
+    "Adapter .* was active which is now deleted",
+)
+
+
+@contextlib.contextmanager
+def expected_warnings():
+    with warnings.catch_warnings():
+        for message in _EXPECTED:
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+def drawn(model, adapter_name, seed):
+    """Give an adapter random offsets; return them by layer."""
+    generator = torch.Generator().manual_seed(seed)
+    result = {}
+    for key, layer in seal_layers(model).items():
+        if adapter_name in layer.seal_delta:
+            weight = layer.seal_delta[adapter_name].weight
+            result[key] = torch.rand(weight.shape, generator=generator) * 1.6 - 0.8
+            with torch.no_grad():
+                weight.copy_(result[key])
+    return result
+
+
+class Verbs(RuleBasedStateMachine):
+    """A model beside what is known about it: offsets and strength of each adapter, who is active, merged, enabled."""
+
+    @initialize(name=st.sampled_from(["llama", "gpt2"]), granularity=granularities, layers=layer_choices, seed=seeds)
+    def start(self, name, granularity, layers, seed):
+        self.name = name
+        self.folder = Path(tempfile.mkdtemp())
+        self.shapes = ARCHITECTURES[name].projections
+        self.plain = {key: base_model(name).get_submodule(key).weight for key in self.shapes}
+        config = SealConfig(granularity=granularity, layers_to_transform=layers)
+        self.model = get_peft_model(base_model(name), config, adapter_name="one").eval()
+        self.settings = {"one": (granularity, layers)}
+        self.offsets = {"one": drawn(self.model, "one", seed)}
+        self.strength = {"one": 1.0}
+        self.active, self.merged, self.enabled = ["one"], [], True
+        self.compare()
+
+    def teardown(self):
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def by_hand(self, adapters):
+        total = {}
+        for key, geometry in self.shapes.items():
+            scale = torch.ones(geometry)
+            for name in adapters:
+                if key in self.offsets[name]:
+                    offset = self.offsets[name][key]
+                    scale = scale * (1 + self.strength[name] * offset.reshape(geometry[0], -1))
+            total[key] = scale
+        return logits(multiply_by_hand(base_model(self.name), total))
+
+    def compare(self):
+        acting = list(dict.fromkeys([*self.active, *self.merged])) if self.enabled else []
+        assert_close(logits(self.model), self.by_hand(acting), rtol=0, atol=1e-4)
+        if not self.enabled:
+            self.merged = []  # a disabled layer unmerges as soon as it is used
+        for name, offsets in self.offsets.items():
+            found = scales(self.model, name)
+            assert found.keys() == offsets.keys()
+            for key, offset in offsets.items():
+                assert_close(found[key], 1 + offset, rtol=0, atol=1e-6)
+        if not self.merged:
+            layers = seal_layers(self.model)
+            assert all(torch.equal(layer.get_base_layer().weight, self.plain[key]) for key, layer in layers.items())
+
+    @rule(name=names, granularity=granularities, layers=layer_choices, seed=seeds)
+    def add(self, name, granularity, layers, seed):
+        if name in self.offsets:
+            return
+        with expected_warnings():
+            self.model.add_adapter(name, SealConfig(granularity=granularity, layers_to_transform=layers))
+        self.merged = []  # PEFT unmerges before it adds
+        self.settings[name] = (granularity, layers)
+        self.offsets[name] = drawn(self.model, name, seed)
+        self.strength[name] = 1.0
+        self.compare()
+
+    @rule(chosen=some_names)
+    def activate(self, chosen):
+        chosen = [name for name in chosen if name in self.offsets]
+        if not chosen:
+            return
+        with expected_warnings():
+            self.model.base_model.set_adapter(chosen)
+        self.active, self.merged = chosen, []
+        self.compare()
+
+    @rule(chosen=st.none() | some_names, safe=st.booleans())
+    def merge(self, chosen, safe):
+        chosen = None if chosen is None else [name for name in chosen if name in self.offsets]
+        if chosen == []:
+            return
+        with expected_warnings():
+            self.model.merge_adapter(chosen, safe_merge=safe)
+        self.merged += [name for name in chosen or self.active if name not in self.merged]
+        self.compare()
+
+    @rule()
+    def unmerge(self):
+        with expected_warnings():
+            self.model.unmerge_adapter()
+        self.merged = []
+        self.compare()
+
+    @rule()
+    def disable_or_enable(self):
+        self.enabled = not self.enabled
+        with expected_warnings():
+            if self.enabled:
+                self.model.base_model.enable_adapter_layers()
+            else:
+                self.model.base_model.disable_adapter_layers()
+        self.compare()
+
+    @precondition(lambda self: self.enabled)
+    @rule()
+    def disable_for_a_while(self):
+        with self.model.disable_adapter(), expected_warnings():
+            assert torch.equal(logits(self.model), logits(base_model(self.name)))
+        self.merged = []
+        self.compare()
+
+    @rule(name=names)
+    def delete(self, name):
+        if name not in self.offsets or len(self.offsets) == 1:  # without any adapter PEFT 0.21's forward is a KeyError
+            return
+        if name in self.merged:
+            with pytest.raises(ValueError, match="merged"):
+                self.model.delete_adapter(name)
+            self.compare()
+            return
+        with expected_warnings():
+            self.model.delete_adapter(name)
+            for known in (self.settings, self.offsets, self.strength):
+                del known[name]
+            if name in self.active:
+                self.active = [other for other in self.active if other != name] or list(self.offsets)[:1]
+                if self.active:  # PEFT lets each layer pick its own successor
+                    self.merged = []
+                    self.model.base_model.set_adapter(self.active)
+        assert list(self.model.peft_config) == list(self.offsets)
+        self.compare()
+
+    @rule(first=names)
+    def save_and_load(self, first):
+        if first not in self.offsets:
+            return
+        self.model.save_pretrained(self.folder)
+        self.model = PeftModel.from_pretrained(base_model(self.name), self.folder / first, adapter_name=first)
+        for name in self.offsets:
+            if name != first:
+                self.model.load_adapter(self.folder / name, name)
+        shutil.rmtree(self.folder)
+        self.strength = dict.fromkeys(self.offsets, 1.0)
+        self.active, self.merged, self.enabled = [first], [], True
+        self.compare()
+
+    @rule(name=names, strength=strengths)
+    def strengthen(self, name, strength):
+        if name in self.merged:
+            with pytest.raises(ValueError, match="merged"):
+                set_strength(self.model, strength, name)
+        elif name in self.offsets:
+            set_strength(self.model, strength, name)
+            self.strength[name] = strength
+        self.compare()
+
+    @rule(name=names, parts=some_names, weights=st.lists(strengths, min_size=3, max_size=3))
+    def combine(self, name, parts, weights):
+        parts = [part for part in parts if part in self.offsets]
+        if name in self.offsets or not parts:
+            return
+        weights = weights[: len(parts)]
+        with expected_warnings():
+            self.model.add_weighted_adapter(parts, weights, name)
+        self.merged = []
+        wide = any(self.settings[part][0] == "channel" for part in parts)
+        total = {}
+        for part, weight in zip(parts, weights, strict=True):
+            for key, offset in self.offsets[part].items():
+                heads, head_dim = self.shapes[key]
+                offset = offset.reshape(heads, -1).expand(heads, head_dim) if wide else offset
+                total[key] = total.get(key, 0) + weight * offset
+        self.settings[name] = ("channel" if wide else "head", None)
+        self.offsets[name] = {key: total[key] for key in self.shapes if key in total}
+        self.strength[name] = 1.0
+        self.compare()
+
+    @rule(name=names, seed=seeds)
+    def hotswap(self, name, seed):
+        if name not in self.offsets:
+            return
+        layers = [index for index, key in enumerate(self.shapes) if key in self.offsets[name]]
+        kept = layers[seed % len(layers) :]  # a layer that the file lacks becomes the identity
+        other = adapted(self.name, self.settings[name][0], layers_to_transform=kept)
+        offsets = drawn(other, "default", seed)
+        other.save_pretrained(self.folder)
+        if name in self.merged:
+            with pytest.raises(ValueError, match="merged"):
+                hotswap_adapter(self.model, self.folder, name)
+        else:
+            hotswap_adapter(self.model, self.folder, name)
+            old = self.offsets[name]
+            self.offsets[name] = {key: offsets.get(key, torch.zeros_like(value)) for key, value in old.items()}
+        shutil.rmtree(self.folder)
+        self.compare()
+
+    @precondition(lambda self: self.enabled and not self.merged)
+    @rule(row=names)
+    def mix_rows(self, row):
+        if row not in self.offsets:
+            return
+        with torch.no_grad():
+            mixed = self.model(input_ids=INPUT_IDS, adapter_names=[row, "__base__"]).logits
+        assert_close(mixed[0], self.by_hand([row])[0], rtol=0, atol=1e-4)
+        assert_close(mixed[1], self.by_hand([])[1], rtol=0, atol=1e-4)
+        self.compare()
+
+    @rule()
+    def copy(self):
+        self.model = copy.deepcopy(self.model)
+        self.compare()
+
+    @precondition(lambda self: self.enabled)
+    @rule(safe=st.booleans())
+    def merge_for_good(self, safe):
+        with expected_warnings():
+            plain = copy.deepcopy(self.model).merge_and_unload(safe_merge=safe)
+        assert not seal_layers(plain)
+        assert_close(logits(plain), self.by_hand(list(dict.fromkeys([*self.active, *self.merged]))), rtol=0, atol=1e-4)
+        self.compare()
+
+
+TestVerbs = Verbs.TestCase
+TestVerbs.settings = settings(max_examples=100, stateful_step_count=8)
