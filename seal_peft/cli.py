@@ -9,6 +9,7 @@ import logging
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +204,20 @@ def _stage_parser(name: str, stage: Stage) -> HfArgumentParser:
 def _show(result: Any) -> None:
     """Print what a stage made: a table of accuracies, or the path that was written."""
     if isinstance(result, dict) and "systems" in result:
-        sys.stdout.write(markdown_table(overall_rows(result)) + "\n")
-    elif result is not None:
+        _show_table(overall_rows(result))
+    elif result:  # of several processes, only the first has something to show
         sys.stdout.write(f"{result}\n")
+
+
+def _show_table(rows: list[list[str]]) -> None:
+    """Print a table: drawn by rich for a person at a terminal, in Markdown for files, pipes, and without rich."""
+    if not sys.stdout.isatty() or find_spec("rich") is None:
+        sys.stdout.write(markdown_table(rows) + "\n")
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*rows[0])
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console().print(table)

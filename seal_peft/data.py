@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import replacing
 from .fitting import fit_samples
-from .tasks import Sample, get_task
+from .tasks import Sample, Task, get_task
 from .tokens import encode_training
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def make_samples(
-    task: str,
+    task: str | Task,
     *,
     tokenizer: PreTrainedTokenizerBase,
     split: str,
@@ -35,7 +35,7 @@ def make_samples(
     The whole conversation counts: chat template, prompt and all answers.
 
     Args:
-        task: Name of a task in `seal_peft.tasks.TASKS`.
+        task: Name of a task in `seal_peft.tasks.TASKS`, or a task that is not in the table.
         tokenizer: Tokenizer of the model the samples are for.
         split: `"train"` or `"test"`. No seed, key, needle or document of one occurs in the other.
         lengths: Lengths in tokens.
@@ -51,7 +51,7 @@ def make_samples(
         ValueError: If an argument is out of range, or a length too short; the message names one that works.
     """
     return fit_samples(
-        get_task(task),
+        get_task(task) if isinstance(task, str) else task,
         count_tokens=lambda sample: len(encode_training(sample, tokenizer)["input_ids"]),
         split=split,
         lengths=lengths,

@@ -7,18 +7,22 @@ seal-peft evaluate --model_name_or_path smollm2 --adapters runs/demo/adapter --t
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .data import check_window, read_samples, window_of
 from .files import write_json
 from .generation import generate_answers, make_batches
+from .guard import held_out_windows, summarise_guard, window_losses
 from .loading import (
     DTYPE_HELP,
     Dtype,
+    check_adapter,
     load_adapter,
     load_config,
     load_model,
@@ -26,16 +30,16 @@ from .loading import (
     locate_model,
     pick_device,
     pick_dtype,
-    read_adapter,
     unload_adapter,
 )
 from .predictions import Predictions, fingerprint, identity
 from .provenance import provenance
-from .statistics import summarise
+from .statistics import RULER_THRESHOLD, summarise
 from .tasks import Sample, get_task
 from .tokens import encode_prompt, encode_training
 
 BASE = "base"
+_GUARD_TOKENS = 512
 
 
 @dataclass
@@ -53,8 +57,17 @@ class EvaluateArguments:
         default_factory=list, metadata={"help": "Further plain models, e.g. merged ones, as PATH or NAME=PATH."}
     )
     skip_base: bool = field(default=False, metadata={"help": "Do not evaluate the base model itself."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Prompts generated together."})
+    guard: bool = field(
+        default=False, metadata={"help": "Measure perplexity on held-out essays, too: harm to short contexts."}
+    )
+    per_device_eval_batch_size: int = field(
+        default=8,
+        metadata={"help": "Prompts of the greatest length generated together; of shorter ones, as many tokens."},
+    )
     max_new_tokens: int | None = field(default=None, metadata={"help": "Longest answer; default: the task's own."})
+    effective_threshold: float = field(
+        default=RULER_THRESHOLD, metadata={"help": "Mean score that a length must reach to count as effective."}
+    )
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
 
@@ -82,50 +95,88 @@ class Questions:
         tokenizer: The model's tokenizer.
         prompts: Token ids of each sample's prompt.
         limits: Longest answer to each, in tokens.
+        windows: Text whose perplexity is measured, as token ids; none without `--guard`.
     """
 
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
     limits: list[int]
+    windows: list[list[int]]
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     """Let every system answer every sample, and write `predictions.jsonl` and `metrics.json`.
 
     Answers that an earlier call finished are kept where files, prompts and settings are still the same; a changed
-    adapter is evaluated again.
+    adapter is evaluated again. Under `accelerate launch` the processes share the batches, and the first one writes
+    the results.
 
     Args:
         arguments: See `EvaluateArguments`.
 
     Returns:
-        What `metrics.json` holds.
+        What `metrics.json` holds; nothing in processes other than the first.
 
     Raises:
-        ValueError: Bad rows, names, lengths or adapter files; raised before any model is loaded.
+        ValueError: Bad rows, names, lengths or adapters; raised before any model is loaded.
     """
     systems = _systems(arguments)
-    samples = read_samples(arguments.test_file)
-    if not samples:
-        raise ValueError(f"{arguments.test_file} holds no samples. Make some with `seal-peft make-data`.")
-    for name in {sample.task for sample in samples}:
-        get_task(name)
+    samples = _read_test_file(arguments.test_file)
+    questions = {model: _read(model, samples, arguments) for model in dict.fromkeys(s.model for s in systems)}
     for system in systems:
         if system.adapter:
-            read_adapter(system.adapter)
-    questions = {model: _read(model, samples, arguments) for model in dict.fromkeys(s.model for s in systems)}
+            check_adapter(system.model, system.adapter)
 
     keys = {system.name: _fingerprints(system, samples, questions[system.model], arguments) for system in systems}
-    predictions = Predictions(Path(arguments.output_dir) / "predictions.jsonl")
-    predictions.keep_only(keys)
+    # A process that is done may wait for hours for one that is not.
+    processes = PartialState(cpu=pick_device().type == "cpu", timeout=timedelta(days=7))
+    path, number = Path(arguments.output_dir) / "predictions.jsonl", processes.process_index
+    if processes.is_main_process:
+        Predictions(path).keep_only(keys)
+    processes.wait_for_everyone()
+    predictions = Predictions(path, process=number if processes.num_processes > 1 else None)
     for model, asked in questions.items():
         sharing = [system for system in systems if system.model == model]
         _answer_all(sharing, samples, asked, keys, predictions, arguments)
+    processes.wait_for_everyone()
+    if not processes.is_main_process:
+        return {}
 
-    scores = {name: [predictions.score(key) for key in own] for name, own in keys.items()}
-    metrics = {**summarise(samples, scores, BASE), "arguments": asdict(arguments), **provenance()}
+    predictions = Predictions(path)
+    predictions.keep_only(keys)
+    scores = {name: [predictions[key]["score"] for key in own[: len(samples)]] for name, own in keys.items()}
+    metrics = summarise(samples, scores, BASE, arguments.effective_threshold)
+    if arguments.guard:
+        losses = {name: predictions[own[-1]]["losses"] for name, own in keys.items()}
+        windows = {system.name: questions[system.model].windows for system in systems}
+        metrics["guard"] = summarise_guard(losses, windows, BASE)
+    metrics |= {"wording": _wording(samples), "arguments": asdict(arguments), **provenance()}
     write_json(Path(arguments.output_dir) / "metrics.json", metrics)
     return metrics
+
+
+def _read_test_file(path: str) -> list[Sample]:
+    """Read the samples, and make sure that each can be scored."""
+    samples = read_samples(path)
+    if not samples:
+        raise ValueError(f"{path} holds no samples. Make some with `seal-peft make-data`.")
+    for line, sample in enumerate(samples, start=1):
+        name = "task"
+        try:
+            score, name = get_task(sample.task).score, "answers"
+            score("0", sample.answers)  # a digit, because the rule of `lines` reads numbers
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: Field {name!r}: {error}") from error
+    return samples
+
+
+def _wording(samples: list[Sample]) -> dict[str, list[str]]:
+    """Whose words the samples of a task are in, for tasks that come in several wordings."""
+    wording: dict[str, set[str]] = {}
+    for sample in samples:
+        if "wording" in sample.meta:
+            wording.setdefault(sample.task, set()).add(str(sample.meta["wording"]))
+    return {task: sorted(own) for task, own in wording.items()}
 
 
 def _systems(arguments: EvaluateArguments) -> list[System]:
@@ -142,6 +193,8 @@ def _systems(arguments: EvaluateArguments) -> list[System]:
     ):
         if value is not None and value < 1:
             raise ValueError(f"{name}={value} was given; use at least 1.")
+    if not 0.0 <= arguments.effective_threshold <= 1.0:
+        raise ValueError(f"effective_threshold={arguments.effective_threshold} was given; use 0.0 to 1.0.")
     return systems
 
 
@@ -163,19 +216,26 @@ def _read(model: str, samples: list[Sample], arguments: EvaluateArguments) -> Qu
     if window is not None:
         # Right answers end inside the window; babble must not run past it, where learned positions have no entry.
         limits = [max(1, min(limit, window - len(prompt))) for limit, prompt in zip(limits, prompts, strict=True)]
-    return Questions(tokenizer, prompts, limits)
+    width = min(_GUARD_TOKENS, window or _GUARD_TOKENS)
+    windows = held_out_windows(tokenizer, window_tokens=width) if arguments.guard else []
+    return Questions(tokenizer, prompts, limits, windows)
 
 
 def _fingerprints(
     system: System, samples: list[Sample], questions: Questions, arguments: EvaluateArguments
 ) -> list[str]:
-    """Cover all that changes an answer or its row. The batch size is not among it: padding is masked."""
+    """Cover all that changes an answer or its row. The batch size is not among it: padding is masked.
+
+    One for each sample, and a last one for the guard, if it is asked for.
+    """
     files = [identity(locate_model(system.model)), system.adapter and identity(system.adapter)]
     settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation]
-    return [
+    keys = [
         fingerprint(system.name, files, settings, limit, prompt, asdict(sample))
         for sample, prompt, limit in zip(samples, questions.prompts, questions.limits, strict=True)
     ]
+    guard = [fingerprint(system.name, files, settings, questions.windows)] if questions.windows else []
+    return keys + guard
 
 
 def _answer_all(
@@ -186,20 +246,23 @@ def _answer_all(
     predictions: Predictions,
     arguments: EvaluateArguments,
 ) -> None:
-    """Let the systems that share a model answer what they have not answered yet; the model is loaded once."""
+    """Let the systems that share a model answer this process's batches, as far as they have not been answered yet."""
     todo = [system for system in systems if any(key not in predictions for key in keys[system.name])]
     if not todo:
         return
-    model = load_model(systems[0].model, arguments.dtype, arguments.attn_implementation).eval()
-    for system in todo:
-        # An adapter that does not fit the model is to be found now, not after hours of answers by the others.
-        if system.adapter:
-            model = unload_adapter(load_adapter(model, system.adapter))
+    processes = PartialState()
     batches = make_batches(questions.prompts, questions.limits, arguments.per_device_eval_batch_size)
+    batches = batches[processes.process_index :: processes.num_processes]
+    model = load_model(systems[0].model, arguments.dtype, arguments.attn_implementation).eval()
     for system in todo:
         answering = load_adapter(model, system.adapter) if system.adapter else model
         own = keys[system.name]
-        with tqdm(total=len(own), desc=f"Evaluating {system.name}", unit="sample") as progress:
+        if questions.windows and own[-1] not in predictions and processes.is_main_process:
+            losses = window_losses(answering, questions.windows)
+            predictions.add([{"system": system.name, "id": "guard", "losses": losses, "fingerprint": own[-1]}])
+        description = f"Evaluating {system.name}"
+        total = sum(map(len, batches))
+        with tqdm(total=total, desc=description, unit="sample", disable=not processes.is_main_process) as progress:
             for batch in batches:
                 missing = [index for index in batch if own[index] not in predictions]
                 if missing:
@@ -225,5 +288,6 @@ def _row(system: System, sample: Sample, answer: str, key: str) -> dict[str, Any
         "answers": sample.answers,
         "score": task.score(answer, sample.answers),
         **{name: score(answer, sample.answers) for name, score in task.more_scores.items()},
+        **{name: value for name, value in sample.meta.items() if name == "wording"},
         "fingerprint": key,
     }

@@ -10,24 +10,30 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
 def make_batches(prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Group prompts that are generated together, longest first so that a lack of memory shows at once.
+    """Group prompts that are generated together, the largest batch first so that a lack of memory shows at once.
 
-    Which prompts share a batch depends on nothing but these arguments: a restart pads as the first run did.
+    No batch has more tokens, padding and answers included, than `batch_size` of the longest prompts with their
+    answers: shorter prompts share a batch with more others. Which prompts share one depends on nothing but these
+    arguments: a restart pads as the first run did.
 
     Args:
         prompts: Token ids of each prompt.
         limits: Longest answer of each; a batch holds prompts of one limit.
-        batch_size: Most prompts in a batch.
+        batch_size: Prompts of the greatest length in a batch.
 
     Returns:
         Indices of the prompts of each batch.
     """
+    # A step's logits are as large for a short prompt as for a long one, so very short ones do not come by the hundred.
+    tokens = [max(128, len(prompt) + limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    budget = batch_size * max(tokens)
     batches: list[list[int]] = []
-    for index in sorted(range(len(prompts)), key=lambda index: (-len(prompts[index]), index)):
-        if not batches or len(batches[-1]) == batch_size or limits[batches[-1][0]] != limits[index]:
+    for index in sorted(range(len(prompts)), key=lambda index: (limits[index], -tokens[index], index)):
+        first = batches[-1][0] if batches else index
+        if not batches or limits[first] != limits[index] or tokens[first] * (len(batches[-1]) + 1) > budget:
             batches.append([])
         batches[-1].append(index)
-    return batches
+    return sorted(batches, key=lambda batch: (-tokens[batch[0]] * len(batch), batch))
 
 
 def generate_answers(

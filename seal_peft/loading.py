@@ -108,6 +108,31 @@ def read_adapter(path: str) -> PeftConfig:
     return type(config).from_pretrained(path)
 
 
+def check_adapter(model_name_or_path: str, path: str) -> None:
+    """Make sure that an adapter is whole and fits a base model, without the weights of the model.
+
+    Args:
+        model_name_or_path: Hub id, local folder, or `smollm2`.
+        path: Folder or Hub id of an adapter of any PEFT method.
+
+    Raises:
+        ValueError: There is no adapter, its files are broken, or it was made for a model of other shapes.
+    """
+    config = read_adapter(path)
+    with torch.device("meta"):
+        skeleton = AutoModelForCausalLM.from_config(load_config(model_name_or_path))
+    try:
+        PeftModel.from_pretrained(skeleton, path, low_cpu_mem_usage=True)
+    except (ValueError, RuntimeError) as error:
+        mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
+        if isinstance(error, RuntimeError) and not mismatches:
+            return  # Some methods compute with the weights, which a skeleton cannot; loading for real will tell.
+        raise ValueError(
+            f"The adapter {path} does not fit the model {model_name_or_path}. Pass the one that it was trained on, "
+            f"{config.base_model_name_or_path!r}, as --model_name_or_path. ({mismatches[0] if mismatches else error})"
+        ) from error
+
+
 def load_adapter(model: Any, path: str) -> PeftModel:
     """Wrap a base model with the adapter of a folder (or Hub id), ready for inference."""
     return PeftModel.from_pretrained(model, path).eval()

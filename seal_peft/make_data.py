@@ -6,13 +6,14 @@ seal-peft make-data --task lines --model_name_or_path smollm2 --split train --le
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-from .data import check_window, make_samples, write_samples
+from .data import check_window, make_samples, read_samples, write_samples
 from .loading import load_config, load_tokenizer
-from .tasks import TASKS, get_task
+from .tasks import TASKS, Task, examples, get_task
 
 
 @dataclass
@@ -22,6 +23,10 @@ class MakeDataArguments:
     model_name_or_path: str = field(metadata={"help": "Model whose tokenizer and window the samples are fitted to."})
     output_file: str = field(metadata={"help": "JSONL file to write."})
     task: str = field(default="lines", metadata={"help": f"One of: {', '.join(sorted(TASKS))}."})
+    task_file: str | None = field(
+        default=None,
+        metadata={"help": "JSONL file of your own examples, in place of --task: more samples like these."},
+    )
     split: Literal["train", "test"] = field(default="train", metadata={"help": "The two share no key or document."})
     lengths: list[int] = field(default_factory=lambda: [1024], metadata={"help": "Lengths in tokens."})
     num_samples: int = field(default=50, metadata={"help": "Samples per length."})
@@ -42,12 +47,12 @@ def make_data(arguments: MakeDataArguments) -> Path:
         The file.
 
     Raises:
-        ValueError: A task, split, length, depth or number is not allowed.
+        ValueError: A task, an example, a split, length, depth or number is not allowed.
     """
-    get_task(arguments.task)
+    task = _task_of_file(arguments.task_file) if arguments.task_file else get_task(arguments.task)
     check_window(load_config(arguments.model_name_or_path), max(arguments.lengths, default=1))
     samples = make_samples(
-        arguments.task,
+        task,
         tokenizer=load_tokenizer(arguments.model_name_or_path),
         split=arguments.split,
         lengths=arguments.lengths,
@@ -58,3 +63,18 @@ def make_data(arguments: MakeDataArguments) -> Path:
     )
     write_samples(arguments.output_file, samples)
     return Path(arguments.output_file)
+
+
+def _task_of_file(path: str) -> Task:
+    """Make a task out of a file of examples; its samples keep the tasks of their examples, which score them."""
+    samples = read_samples(path)
+    for line, sample in enumerate(samples, start=1):
+        try:
+            get_task(sample.task)
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: Field 'task': {error}") from error
+    try:
+        known = examples.take_apart(samples)
+    except ValueError as error:
+        raise ValueError(f"{path}, {error}") from error
+    return replace(get_task(samples[0].task), name=Path(path).stem, make=partial(examples.make, known))

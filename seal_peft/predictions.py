@@ -19,40 +19,36 @@ _SMALL = 2**24
 
 
 class Predictions:
-    """Finished answers by fingerprint, with the file that keeps them.
+    """Finished rows by fingerprint, with the files that keep them.
+
+    Several processes append to a file each, beside the main one; whoever reads the main one reads these, too.
 
     Args:
         path: A JSONL file, which need not exist yet.
+        process: Number of this process where there are several.
 
     Raises:
-        ValueError: The file holds a line that is not a prediction.
+        ValueError: A file holds a line that is not a prediction.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, process: int | None = None) -> None:
         self.path = path
+        self._own = path if process is None else path.with_suffix(f".process-{process}.jsonl")
         self._rows: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            # A kill in the middle of a write leaves half a line, which was never a finished row.
-            *whole, _ = path.read_bytes().split(b"\n")
-            for number, line in enumerate(whole, start=1):
-                try:
-                    row = json.loads(line)
-                    self._rows[row["fingerprint"]] = row
-                except (ValueError, TypeError, KeyError) as error:
-                    raise ValueError(
-                        f"{path}, line {number} is not a row of `seal-peft evaluate`. Remove the file, or choose "
-                        "another --output_dir."
-                    ) from error
+        for file in (path, *self._parts()):
+            if file.is_file():
+                self._rows |= _read_rows(file)
 
     def __contains__(self, fingerprint: str) -> bool:
         return fingerprint in self._rows
 
-    def score(self, fingerprint: str) -> float:
-        """Return the score of a finished answer."""
-        return self._rows[fingerprint]["score"]
+    def __getitem__(self, fingerprint: str) -> dict[str, Any]:
+        return self._rows[fingerprint]
 
     def keep_only(self, fingerprints: dict[str, list[str]]) -> None:
         """Drop rows of the given systems that come from other files, settings or samples than those of this run.
+
+        All that is left stands in the main file afterwards.
 
         Args:
             fingerprints: All rows that a system is to have. Rows of systems that are not named here stay.
@@ -61,17 +57,40 @@ class Predictions:
         self._rows = {
             key: row for key, row in self._rows.items() if row["system"] not in wanted or key in wanted[row["system"]]
         }
-        if self.path.is_file():
+        parts = self._parts()
+        if self.path.is_file() or parts:
             with replacing(self.path) as file:
                 file.writelines(_line(row) for row in self._rows.values())
+        # A kill between the two steps leaves rows in two places, which count once.
+        for part in parts:
+            part.unlink()
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Append rows, each with its fingerprint."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a", encoding="utf-8", newline="\n") as file:
+        with self._own.open("a", encoding="utf-8", newline="\n") as file:
             for row in rows:
                 file.write(_line(row))
                 self._rows[row["fingerprint"]] = row
+
+    def _parts(self) -> list[Path]:
+        return sorted(self.path.parent.glob(f"{self.path.stem}.process-*.jsonl"))
+
+
+def _read_rows(path: Path) -> dict[str, dict[str, Any]]:
+    rows = {}
+    # A kill in the middle of a write leaves half a line, which was never a finished row.
+    *whole, _ = path.read_bytes().split(b"\n")
+    for number, line in enumerate(whole, start=1):
+        try:
+            row = json.loads(line)
+            rows[row["fingerprint"]] = row
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{path}, line {number} is not a row of `seal-peft evaluate`. Remove the file, or choose "
+                "another --output_dir."
+            ) from error
+    return rows
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
-from .files import replacing, write_json
+from .files import replacing
+from .plots import new_figure, plot_depths, plot_lengths, plot_scales
 from .tuner import scales
 
 
@@ -26,7 +25,10 @@ class ReportArguments:
 
 
 def report(arguments: ReportArguments) -> Path:
-    """Write `report.md`, and `scales.png` with `scales.json` for an adapter.
+    """Write `report.md` and its pictures, each with a JSON file of the same name.
+
+    For a metrics file: `TASK-lengths.png` for every task, and `TASK-depths.png` where results go by depth. For an
+    adapter: `scales.png`.
 
     Args:
         arguments: See `ReportArguments`.
@@ -40,14 +42,11 @@ def report(arguments: ReportArguments) -> Path:
     """
     if arguments.metrics_file is None and arguments.adapter is None:
         raise ValueError("There is nothing to report: give --metrics_file, --adapter or both.")
+    new_figure(1, 1)  # Without matplotlib nothing is written.
     folder = Path(arguments.output_dir)
     parts = ["# Report"]
     if arguments.metrics_file is not None:
-        metrics = _read_metrics(Path(arguments.metrics_file))
-        parts += ["## Accuracy", markdown_table(overall_rows(metrics))]
-        parts += ["## By length", markdown_table(length_rows(metrics))]
-        versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items() if number)
-        parts.append(f"{metrics['device']}; {versions}; commit {metrics['commit']}; {metrics['date']}.")
+        parts += _results(_read_metrics(Path(arguments.metrics_file)), folder)
     if arguments.adapter is not None:
         picture = plot_scales(scales(arguments.adapter), folder / "scales.png")
         parts += ["## Scales", f"![Learned scales by layer and head]({picture.name})", "1 is unchanged."]
@@ -57,14 +56,56 @@ def report(arguments: ReportArguments) -> Path:
     return path
 
 
+def _results(metrics: dict[str, Any], folder: Path) -> list[str]:
+    """Paragraphs about what was measured; draws their pictures."""
+    parts = ["## Accuracy", markdown_table(overall_rows(metrics))]
+    parts.append("p: how probable so uneven a count of better and worse answers is if neither system is better.")
+    parts += ["## By length", markdown_table(length_rows(metrics))]
+    for task in sorted({cell["task"] for cell in metrics["cells"]}):
+        picture = plot_lengths(metrics, task, folder / f"{task}-lengths.png")
+        parts.append(f"![{task}: score by length]({picture.name})")
+        if plot_depths(metrics, task, folder / f"{task}-depths.png"):
+            parts.append(f"![{task}: score by depth and length]({task}-depths.png)")
+    if reached := metrics.get("effective_lengths"):
+        parts += [
+            "## Effective length",
+            f"The greatest length with a mean score of at least {reached['threshold']:g}.",
+        ]
+        parts.append(markdown_table(effective_rows(reached["systems"])))
+    if guard := metrics.get("guard"):
+        parts += ["## Short contexts", markdown_table(guard_rows(guard))]
+        parts.append("Held-out essays; loss in nats a token. A difference above 0 is harm.")
+    if own := [task for task, wording in metrics.get("wording", {}).items() if "own" in wording]:
+        parts.append(f"In a wording of our own, so not comparable with published scores: {', '.join(own)}.")
+    versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items() if number)
+    return [*parts, f"{metrics['device']}; {versions}; commit {metrics['commit']}; {metrics['date']}."]
+
+
 def overall_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of all systems, the header first."""
-    rows = [["system", "accuracy", "95% interval", "samples", "difference to base"]]
+    rows = [["system", "accuracy", "95% interval", "samples", "difference to base", "p"]]
     for name, result in metrics["systems"].items():
         row = [name, f"{result['accuracy']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}", str(result["n"])]
         difference = result.get("difference_to_base")
         change = "{mean:+.3f} ({low:+.3f} to {high:+.3f})".format(**difference) if difference else ""
-        rows.append([*row, change])
+        rows.append([*row, change, f"{difference['p_value']:.2g}" if difference else ""])
+    return rows
+
+
+def effective_rows(reached: dict[str, dict[str, int | None]]) -> list[list[str]]:
+    """Rows of a table of effective lengths, one column per system, the header first."""
+    tasks = dict.fromkeys(task for own in reached.values() for task in own)
+    return [["task", *reached], *([task, *(str(own[task] or "none") for own in reached.values())] for task in tasks)]
+
+
+def guard_rows(guard: dict[str, Any]) -> list[list[str]]:
+    """Rows of a table of perplexities, the header first."""
+    rows = [["system", "perplexity", "loss", "95% interval", "difference to base"]]
+    for name, own in guard.items():
+        difference = own.get("difference_to_base")
+        change = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**difference) if difference else ""
+        interval = f"{own['low']:.3f} to {own['high']:.3f}"
+        rows.append([name, f"{own['perplexity']:.2f}", f"{own['loss']:.3f}", interval, change])
     return rows
 
 
@@ -85,57 +126,6 @@ def markdown_table(rows: list[list[str]]) -> str:
     """Render rows, the first being the header, as a Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
-
-
-def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
-    """Draw learned scales as layers x heads, with a JSON file of the same name that holds the numbers.
-
-    Args:
-        layers: What `seal_peft.scales` returns. For SEAL-C two maps are drawn: the mean over a head's channels, and
-            how far its channels spread from 1 (root mean square).
-        path: The PNG file to write.
-
-    Returns:
-        `path`.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
-    try:
-        from matplotlib.colors import TwoSlopeNorm
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('Pictures need matplotlib: pip install "seal-peft[plot]"') from error
-    maps = scale_maps(layers)
-    figure = Figure(figsize=(1.5 + 4.5 * len(maps), 6), layout="constrained")
-    for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        if title.startswith("scale"):
-            reach = max(*(abs(value - 1) for row in values for value in row), 1e-6)
-            image = axes.imshow(values, cmap="RdBu_r", norm=TwoSlopeNorm(1, 1 - reach, 1 + reach), aspect="auto")
-        else:
-            image = axes.imshow(values, cmap="viridis", vmin=0, aspect="auto")
-        axes.set(title=title, xlabel="head", ylabel="layer")
-        figure.colorbar(image, ax=axes, shrink=0.8)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    write_json(path.with_suffix(".json"), {"layers": list(layers), "maps": maps})
-    return path
-
-
-def scale_maps(layers: dict[str, Tensor]) -> dict[str, list[list[float]]]:
-    """Return one number per layer and head, by title; layers with fewer heads are filled up as unchanged."""
-    values = list(layers.values())
-    width = max(len(value) for value in values)
-
-    def rows(per_head: list[Tensor], unchanged: float) -> list[list[float]]:
-        return [row.tolist() + [unchanged] * (width - len(row)) for row in per_head]
-
-    if values[0].dim() == 1:
-        return {"scale": rows(values, 1.0)}
-    return {
-        "scale, mean over channels": rows([value.mean(-1) for value in values], 1.0),
-        "spread of channels around 1": rows([(value - 1).square().mean(-1).sqrt() for value in values], 0.0),
-    }
 
 
 def _read_metrics(path: Path) -> dict[str, Any]:

@@ -14,6 +14,10 @@ from .tasks import Sample
 _Z = 1.959964  # two-sided 95% of the normal distribution
 _RESAMPLES = 2000
 
+# What Llama-2-7B-chat reaches at 4K tokens, which RULER takes as the bar for "it can use this length".
+RULER_THRESHOLD = 0.856
+MEAN_OF_TASKS = "mean of tasks"
+
 Interval = tuple[float, float, float]
 
 
@@ -44,13 +48,34 @@ def paired_difference(scores: Sequence[float], base: Sequence[float]) -> Interva
     return _bootstrap([a - b for a, b in zip(scores, base, strict=True)])
 
 
-def summarise(samples: Sequence[Sample], scores: dict[str, list[float]], base: str) -> dict[str, Any]:
+def sign_test(scores: Sequence[float], base: Sequence[float]) -> float:
+    """Return the two-sided p-value of "neither is better", from the samples on which the two differ.
+
+    It is exact (binomial). For right-or-wrong scores this is McNemar's test.
+
+    Args:
+        scores: One score per sample.
+        base: The scores of the other system, in the same order.
+    """
+    better = sum(a > b for a, b in zip(scores, base, strict=True))
+    worse = sum(a < b for a, b in zip(scores, base, strict=True))
+    differing = better + worse
+    tail = sum(math.comb(differing, k) for k in range(min(better, worse) + 1))
+    return min(1.0, 2 * tail / 2**differing)
+
+
+def summarise(
+    samples: Sequence[Sample], scores: dict[str, list[float]], base: str, threshold: float = RULER_THRESHOLD
+) -> dict[str, Any]:
     """Return means with intervals: over all samples by system (`systems`), and by task, length and depth (`cells`).
+
+    Every system that is compared gets the paired difference to the base, its interval and the p-value of `sign_test`.
 
     Args:
         samples: What was asked.
         scores: One score per sample, by system.
         base: The system that the others are compared to, where it is among them.
+        threshold: Mean score that a length must reach to count for `effective_lengths`.
     """
     groups = {(None, None, None): list(range(len(samples))), **_cells(samples)}
     systems: dict[str, Any] = {}
@@ -61,25 +86,58 @@ def summarise(samples: Sequence[Sample], scores: dict[str, list[float]], base: s
             mean, low, high = mean_interval(own)
             summary: dict[str, Any] = {"accuracy": mean, "low": low, "high": high, "n": len(own)}
             if base in scores and system != base:
-                difference, low, high = paired_difference(own, [scores[base][index] for index in group])
-                summary["difference_to_base"] = {"mean": difference, "low": low, "high": high}
+                theirs = [scores[base][index] for index in group]
+                difference, low, high = paired_difference(own, theirs)
+                p_value = sign_test(own, theirs)
+                summary["difference_to_base"] = {"mean": difference, "low": low, "high": high, "p_value": p_value}
             if task is None:
                 systems[system] = summary
             else:
                 cells.append({"system": system, "task": task, "length": length, "depth": depth, **summary})
-    return {"systems": systems, "cells": cells}
+    reached = {name: effective_lengths([c for c in cells if c["system"] == name], threshold) for name in scores}
+    return {"systems": systems, "cells": cells, "effective_lengths": {"threshold": threshold, "systems": reached}}
+
+
+def effective_lengths(cells: Sequence[dict[str, Any]], threshold: float) -> dict[str, int | None]:
+    """Return by task the greatest length whose mean score is at least `threshold`; `None` where there is none.
+
+    With several tasks, `MEAN_OF_TASKS` is added, as RULER reports it: over the lengths that all of them have.
+
+    Args:
+        cells: Cells of one system.
+        threshold: Score from 0.0 to 1.0.
+    """
+    means: dict[str, dict[int, float]] = defaultdict(dict)
+    for cell in cells:
+        if cell["depth"] is None:
+            means[cell["task"]][cell["length"]] = cell["accuracy"]
+    if len(means) > 1:
+        shared = set.intersection(*(set(own) for own in means.values()))
+        means[MEAN_OF_TASKS] = {
+            length: math.fsum(own[length] for own in means.values()) / len(means) for length in shared
+        }
+    # A mean of 0.856 may come out a rounding error below the number that was typed.
+    reached = {name: [n for n, mean in own.items() if mean >= threshold - 1e-9] for name, own in means.items()}
+    return {name: max(lengths, default=None) for name, lengths in reached.items()}
 
 
 def _cells(samples: Sequence[Sample]) -> dict[tuple[str | None, int | None, float | None], list[int]]:
-    """Indices of samples by task and length (depth `None`), and by depth too where several samples share one."""
+    """Indices of samples by task and length (depth `None`), and by task, length and depth.
+
+    Depths that were given recur, and each is a group. Random ones hardly recur; they are grouped into fifths of the
+    context, named by their middles.
+    """
     groups: dict[tuple[str | None, int | None, float | None], list[int]] = defaultdict(list)
+    depths: dict[str, list[float]] = defaultdict(list)
     for index, sample in enumerate(samples):
         groups[sample.task, sample.length, None].append(index)
-    for (task, length, _), group in list(groups.items()):
-        if len({samples[index].depth for index in group}) < len(group):
-            for index in group:
-                if samples[index].depth is not None:
-                    groups[task, length, samples[index].depth].append(index)
+        if sample.depth is not None:
+            depths[sample.task].append(sample.depth)
+    random = {task: 2 * len(set(own)) > len(own) for task, own in depths.items()}
+    for index, sample in enumerate(samples):
+        if sample.depth is not None:
+            depth = (min(4, int(5 * sample.depth)) + 0.5) / 5 if random[sample.task] else sample.depth
+            groups[sample.task, sample.length, depth].append(index)
     return groups
 
 

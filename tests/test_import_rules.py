@@ -89,7 +89,7 @@ def test_stages_hand_each_other_files_not_objects(stage):
         assert not {room(name) for name in ours(module)} & others, module
 
 
-@pytest.mark.parametrize("reader", ["report", "hub"])
+@pytest.mark.parametrize("reader", ["report", "plots", "hub"])
 def test_readers_of_results_need_no_model(reader):
     forbidden = {"train", "evaluate", "heads", "data", "cli", "demo", "merge"}
     for module in modules_of(reader):

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import models
-from seal_peft import scales
+from seal_peft import cli, scales
 from seal_peft.files import write_json
-from seal_peft.report import ReportArguments, plot_scales, report
+from seal_peft.guard import summarise_guard
+from seal_peft.plots import plot_depths, plot_lengths, plot_scales
+from seal_peft.report import ReportArguments, report
 from seal_peft.statistics import summarise
 from seal_peft.tasks import Sample
 from stages import error_of, seal
@@ -46,15 +48,92 @@ def test_the_tables_hold_the_numbers_of_the_metrics(metrics_file: Path, tmp_path
     text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(metrics_file))).read_text()
     systems = json.loads(metrics_file.read_text())["systems"]
     header, _, base, adapter = table(text, "system")
-    assert header == ["system", "accuracy", "95% interval", "samples", "difference to base"]
-    assert base == ["base", "0.250", f"{systems['base']['low']:.3f} to {systems['base']['high']:.3f}", "4", ""]
+    assert header == ["system", "accuracy", "95% interval", "samples", "difference to base", "p"]
+    assert base == ["base", "0.250", f"{systems['base']['low']:.3f} to {systems['base']['high']:.3f}", "4", "", ""]
     assert adapter[:2] == ["adapter", "0.750"]
     assert adapter[4].startswith("+0.500 (")
+    assert adapter[5] == "0.5"
     assert table(text, "task")[2:4] == [
         ["lines", "512", "3", "0.333", "0.667"],
         ["lines", "1024", "1", "0.000", "1.000"],
     ]
     assert "CPU; torch 2.13.0; commit abc; 2026-11-23." in text
+
+
+def grid_metrics(**more) -> dict:
+    """Two lengths and two depths, the adapter better at the start only; the base has two samples in every field."""
+    places = [(length, depth) for length in (512, 1024) for depth in (0.0, 1.0) for _ in range(2)]
+    samples = [Sample(str(i), "needle", *place, TURNS, "1", ["1"], 0) for i, place in enumerate(places)]
+    scores = {"base": [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0], "adapter": [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0]}
+    facts = {"device": "CPU", "versions": {"torch": "2.13.0"}, "commit": "abc", "date": "2026-11-23"}
+    return {**summarise(samples, scores, "base"), **facts, **more}
+
+
+def test_maps_show_every_system_and_its_difference_to_the_base(tmp_path: Path) -> None:
+    assert plot_depths(grid_metrics(), "needle", tmp_path / "map.png") == tmp_path / "map.png"
+    assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((tmp_path / "map.json").read_text()) == {
+        "task": "needle",
+        "lengths": [512, 1024],
+        "depths": [0.0, 1.0],
+        "scores": {"base": [[0.5, 0.0], [1.0, 0.5]], "adapter": [[1.0, 1.0], [0.5, 0.5]]},
+        "differences": {"adapter": [[0.5, 1.0], [-0.5, 0.0]]},
+    }
+
+
+def test_a_map_has_no_difference_without_a_base_and_no_number_where_nothing_was_asked(tmp_path: Path) -> None:
+    metrics = grid_metrics()
+    metrics["cells"] = [
+        c for c in metrics["cells"] if (c["length"], c["depth"]) != (512, 1.0) and c["system"] != "base"
+    ]
+    del metrics["systems"]["base"]
+    plot_depths(metrics, "needle", tmp_path / "map.png")
+    numbers = json.loads((tmp_path / "map.json").read_text())
+    assert numbers["scores"] == {"adapter": [[1.0, 1.0], [None, 0.5]]}
+    assert numbers["differences"] == {}
+
+
+def test_lines_have_the_intervals_of_the_metrics(tmp_path: Path) -> None:
+    metrics = grid_metrics()
+    plot_lengths(metrics, "needle", tmp_path / "line.png")
+    numbers = json.loads((tmp_path / "line.json").read_text())
+    assert numbers["cells"] == [cell for cell in metrics["cells"] if cell["depth"] is None]
+    assert numbers["threshold"] == 0.856
+
+
+def test_the_report_shows_pictures_effective_lengths_guard_and_wording(tmp_path: Path) -> None:
+    losses, windows = {"base": [2.0, 3.0], "adapter": [2.1, 3.1]}, {"base": [[1, 2]] * 2, "adapter": [[1, 2]] * 2}
+    metrics = grid_metrics(guard=summarise_guard(losses, windows, "base"), wording={"needle": ["own"]})
+    write_json(tmp_path / "metrics.json", metrics)
+    text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(tmp_path / "metrics.json"))).read_text()
+    for name in ("needle-lengths", "needle-depths"):
+        assert f"({name}.png)" in text
+        assert {path.suffix for path in (tmp_path / "out").glob(f"{name}.*")} == {".png", ".json"}
+    assert table(text, "task")[2:] == [
+        ["needle", "512", "4", "0.750", "0.750"],
+        ["needle", "1024", "4", "0.250", "0.750"],
+    ]
+    assert ["needle", "none", "none"] in table(text.partition("## Effective length")[2], "task")
+    base, adapter = table(text.partition("## Short contexts")[2], "system")[2:]
+    assert base == ["base", "12.18", "2.500", "2.000 to 3.000", ""]
+    assert adapter[-1] == "+0.1000 (+0.1000 to +0.1000)"
+    assert "not comparable with published scores: needle." in text
+
+
+def test_a_terminal_gets_a_drawn_table_and_a_pipe_gets_markdown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [["system", "accuracy"], ["base", "0.5"]]
+    cli._show_table(rows)
+    assert capsys.readouterr().out == "| system | accuracy |\n| --- | --- |\n| base | 0.5 |\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    cli._show_table(rows)
+    drawn = capsys.readouterr().out
+    assert "━" in drawn
+    assert "base" in drawn
+    monkeypatch.setattr(cli, "find_spec", lambda name: None)
+    cli._show_table(rows)
+    assert capsys.readouterr().out.startswith("| system |")
 
 
 @pytest.mark.parametrize("granularity", ["head", "channel"])

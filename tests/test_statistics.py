@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_peft.statistics import mean_interval, paired_difference, summarise
+from seal_peft.statistics import MEAN_OF_TASKS, mean_interval, paired_difference, sign_test, summarise
 from seal_peft.tasks import Sample
 
 right_or_wrong = st.lists(st.sampled_from([0.0, 1.0]), min_size=1, max_size=60)
@@ -82,15 +82,36 @@ def test_scores_without_partners_are_refused(scores: list, base: list) -> None:
         paired_difference(scores, base)
 
 
+@pytest.mark.parametrize(
+    ("ours", "theirs", "p_value"),
+    # By hand: twice the binomial tail of the smaller count, e.g. 2 * (1 + 6) / 2**6; never above 1.
+    [(0, 0, 1.0), (6, 0, 2 / 64), (5, 1, 14 / 64), (1, 5, 14 / 64), (3, 3, 1.0), (12, 2, 2 * (1 + 14 + 91) / 2**14)],
+)
+def test_the_p_value_is_that_of_mcnemars_exact_test(ours: int, theirs: int, p_value: float) -> None:
+    scores = [1.0] * ours + [0.0] * theirs + [1.0, 0.0]
+    base = [0.0] * ours + [1.0] * theirs + [1.0, 0.0]
+    assert sign_test(scores, base) == pytest.approx(p_value)
+
+
+@given(pairs=st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2), min_size=1, max_size=40))
+def test_the_p_value_is_how_often_fair_coins_would_differ_as_much(pairs: list) -> None:
+    scores, base = map(list, zip(*pairs, strict=True))
+    better, worse = sum(a > b for a, b in pairs), sum(a < b for a, b in pairs)
+    n = better + worse
+    as_far = sum(math.comb(n, k) for k in range(n + 1) if abs(2 * k - n) >= abs(better - worse))
+    assert sign_test(scores, base) == pytest.approx(as_far / 2**n)
+    assert sign_test(base, scores) == sign_test(scores, base)
+
+
 # --- the table of metrics.json -------------------------------------------------------------------------------------
 
 
-def sample(length: int, depth: float | None) -> Sample:
+def sample(length: int, depth: float | None, task: str = "lines") -> Sample:
     turns = [{"role": "user", "content": "?"}]
-    return Sample("id", "lines", length, depth, turns, target="1", answers=["1"], seed=0)
+    return Sample("id", task, length, depth, turns, target="1", answers=["1"], seed=0)
 
 
-SAMPLES = [sample(512, 0.0), sample(512, 0.0), sample(512, 1.0), sample(1024, 0.25), sample(1024, 0.75)]
+SAMPLES = [sample(512, 0.0), sample(512, 0.0), sample(512, 1.0), sample(1024, 0.0), sample(1024, 1.0)]
 SCORES = {"base": [0.0, 1.0, 0.0, 0.0, 0.0], "adapter": [1.0, 1.0, 0.0, 1.0, 0.0]}
 
 
@@ -102,13 +123,54 @@ def test_every_system_gets_its_mean_and_every_other_one_its_difference_to_the_ba
     ]
     assert "difference_to_base" not in systems["base"]
     assert systems["adapter"]["difference_to_base"]["mean"] == pytest.approx(0.4)
+    assert systems["adapter"]["difference_to_base"]["p_value"] == 0.5
     assert "difference_to_base" not in summarise(SAMPLES, {"adapter": SCORES["adapter"]}, "base")["systems"]["adapter"]
 
 
-def test_cells_go_by_length_and_by_depth_only_where_samples_share_one() -> None:
-    cells = summarise(SAMPLES, SCORES, base="base")["cells"]
-    found = {
-        (cell["length"], cell["depth"]): (cell["accuracy"], cell["n"]) for cell in cells if cell["system"] == "adapter"
+def cells_of(samples: list[Sample], scores: list[float]) -> dict[tuple[int, float | None], tuple[float, int]]:
+    cells = summarise(samples, {"base": scores}, base="base")["cells"]
+    return {(cell["length"], cell["depth"]): (cell["accuracy"], cell["n"]) for cell in cells}
+
+
+def test_depths_that_recur_are_cells() -> None:
+    assert cells_of(SAMPLES, SCORES["adapter"]) == {
+        **{(512, None): (2 / 3, 3), (512, 0.0): (1.0, 2), (512, 1.0): (0.0, 1)},
+        **{(1024, None): (0.5, 2), (1024, 0.0): (1.0, 1), (1024, 1.0): (0.0, 1)},
     }
-    assert found == {(512, None): (2 / 3, 3), (512, 0.0): (1.0, 2), (512, 1.0): (0.0, 1), (1024, None): (0.5, 2)}
-    assert len(cells) == 2 * len(found)
+
+
+def test_random_depths_are_grouped_into_fifths() -> None:
+    samples = [sample(512, depth) for depth in (0.0, 0.19, 0.2, 0.55, 1.0)]
+    found = cells_of(samples, [1.0, 0.0, 1.0, 1.0, 0.0])
+    assert found == {
+        (512, None): (0.6, 5),
+        (512, 0.1): (0.5, 2),
+        (512, 0.3): (1, 1),
+        (512, 0.5): (1, 1),
+        (512, 0.9): (0, 1),
+    }
+
+
+def test_samples_without_depth_have_no_depth_cells() -> None:
+    assert cells_of([sample(512, None), sample(512, None)], [1.0, 0.0]) == {(512, None): (0.5, 2)}
+
+
+def test_the_effective_length_is_the_last_one_that_reaches_the_threshold() -> None:
+    samples = [sample(length, None, task) for task in ("lines", "needle") for length in (512, 1024, 2048)]
+    scores = {"base": [1.0, 0.85, 0.0, 0.9, 1.0, 0.0], "lost": [0.0] * 6, "adapter": [0.0, 0.0, 0.9, 1.0, 1.0, 1.0]}
+    found = summarise(samples, scores, "base")["effective_lengths"]
+    assert found == {
+        "threshold": 0.856,
+        "systems": {
+            "base": {"lines": 512, "needle": 1024, MEAN_OF_TASKS: 1024},
+            "lost": {"lines": None, "needle": None, MEAN_OF_TASKS: None},
+            "adapter": {"lines": 2048, "needle": 2048, MEAN_OF_TASKS: 2048},
+        },
+    }
+    assert summarise(samples, scores, "base", 0.85)["effective_lengths"]["systems"]["base"]["lines"] == 1024
+
+
+def test_the_mean_of_tasks_is_over_lengths_that_all_tasks_have() -> None:
+    samples = [sample(512, None), sample(1024, None), sample(512, None, "needle")]
+    found = summarise(samples, {"base": [1.0, 1.0, 1.0]}, "base")["effective_lengths"]["systems"]["base"]
+    assert found == {"lines": 1024, "needle": 512, MEAN_OF_TASKS: 512}

@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-from . import associative, guard, json_kv, lines, metrics, needle, passkey, qa, ruler, uuid_chain
+from . import associative, examples, guard, json_kv, lines, metrics, needle, passkey, qa, ruler, uuid_chain
 from .sample import SPLITS, MakeSample, Sample
 
-__all__ = ["SPLITS", "TASKS", "MakeSample", "Sample", "Task", "get_task"]
+__all__ = ["SPLITS", "TASKS", "MakeSample", "Sample", "Task", "examples", "get_task"]
 
 
 Score = Callable[[str, Sequence[str]], float]
