@@ -38,6 +38,13 @@ def test_every_row_gets_its_own_adapter(model):
         torch.testing.assert_close(mixed[row], alone(model, name)[row], atol=1e-5, rtol=1e-5)
 
 
+def test_the_active_adapter_does_not_reach_rows_that_it_was_not_named_for(model):
+    for names in (["wide"] * 5, ["__base__"] * 5):  # "wide" is on one layer, the active adapter on both
+        with torch.no_grad():
+            mixed = model(ROWS, adapter_names=names).logits
+        torch.testing.assert_close(mixed, alone(model, names[0]), atol=1e-5, rtol=1e-5)
+
+
 def test_the_rows_of_the_fixture_differ(model):
     results = [alone(model, name)[0] for name in ("default", "__base__", "other", "wide")]
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(results) for b in results[:i])

@@ -23,8 +23,9 @@ from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, logits, multip
 from seal_peft import SealConfig, hotswap_adapter, scales, set_strength
 
 NAMES = ["one", "two", "three"]
-names = st.sampled_from(NAMES)
-some_names = st.lists(names, min_size=1, max_size=3, unique=True)
+# An index into the adapters that there are: a name that is not there would waste a step.
+which = st.integers(0, 5)
+several = st.lists(which, min_size=1, max_size=3)
 granularities = st.sampled_from(["head", "channel"])
 layer_choices = st.sampled_from([None, [0], [1]])
 seeds = st.integers(0, 99)
@@ -64,8 +65,13 @@ def drawn(model, adapter_name, seed):
 class Verbs(RuleBasedStateMachine):
     """A model beside what is known about it: offsets and strength of each adapter, who is active, merged, enabled."""
 
-    @initialize(name=st.sampled_from(["llama", "gpt2"]), granularity=granularities, layers=layer_choices, seed=seeds)
-    def start(self, name, granularity, layers, seed):
+    @initialize(
+        name=st.sampled_from(["llama", "gpt2"]),
+        first=st.tuples(granularities, layer_choices, seeds),
+        second=st.tuples(granularities, layer_choices, seeds),
+    )
+    def start(self, name, first, second):
+        granularity, layers, seed = first
         self.name = name
         self.folder = Path(tempfile.mkdtemp())
         self.shapes = ARCHITECTURES[name].projections
@@ -76,10 +82,29 @@ class Verbs(RuleBasedStateMachine):
         self.offsets = {"one": drawn(self.model, "one", seed)}
         self.strength = {"one": 1.0}
         self.active, self.merged, self.enabled = ["one"], [], True
+        self.put(*second)
         self.compare()
 
     def teardown(self):
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    def pick(self, index):
+        return list(self.offsets)[index % len(self.offsets)]
+
+    def pick_several(self, indices):
+        return list(dict.fromkeys(self.pick(index) for index in indices))
+
+    def new_name(self):
+        return next(name for name in NAMES if name not in self.offsets)
+
+    def put(self, granularity, layers, seed):
+        name = self.new_name()
+        with expected_warnings():
+            self.model.add_adapter(name, SealConfig(granularity=granularity, layers_to_transform=layers))
+        self.merged = []  # PEFT unmerges before it adds
+        self.settings[name] = (granularity, layers)
+        self.offsets[name] = drawn(self.model, name, seed)
+        self.strength[name] = 1.0
 
     def by_hand(self, adapters):
         total = {}
@@ -106,33 +131,23 @@ class Verbs(RuleBasedStateMachine):
             layers = seal_layers(self.model)
             assert all(torch.equal(layer.get_base_layer().weight, self.plain[key]) for key, layer in layers.items())
 
-    @rule(name=names, granularity=granularities, layers=layer_choices, seed=seeds)
-    def add(self, name, granularity, layers, seed):
-        if name in self.offsets:
-            return
-        with expected_warnings():
-            self.model.add_adapter(name, SealConfig(granularity=granularity, layers_to_transform=layers))
-        self.merged = []  # PEFT unmerges before it adds
-        self.settings[name] = (granularity, layers)
-        self.offsets[name] = drawn(self.model, name, seed)
-        self.strength[name] = 1.0
+    @precondition(lambda self: len(self.offsets) < len(NAMES))
+    @rule(granularity=granularities, layers=layer_choices, seed=seeds)
+    def add(self, granularity, layers, seed):
+        self.put(granularity, layers, seed)
         self.compare()
 
-    @rule(chosen=some_names)
+    @rule(chosen=several)
     def activate(self, chosen):
-        chosen = [name for name in chosen if name in self.offsets]
-        if not chosen:
-            return
+        chosen = self.pick_several(chosen)
         with expected_warnings():
             self.model.base_model.set_adapter(chosen)
         self.active, self.merged = chosen, []
         self.compare()
 
-    @rule(chosen=st.none() | some_names, safe=st.booleans())
+    @rule(chosen=st.none() | several, safe=st.booleans())
     def merge(self, chosen, safe):
-        chosen = None if chosen is None else [name for name in chosen if name in self.offsets]
-        if chosen == []:
-            return
+        chosen = None if chosen is None else self.pick_several(chosen)
         with expected_warnings():
             self.model.merge_adapter(chosen, safe_merge=safe)
         self.merged += [name for name in chosen or self.active if name not in self.merged]
@@ -163,10 +178,10 @@ class Verbs(RuleBasedStateMachine):
         self.merged = []
         self.compare()
 
-    @rule(name=names)
-    def delete(self, name):
-        if name not in self.offsets or len(self.offsets) == 1:  # without any adapter PEFT 0.21's forward is a KeyError
-            return
+    @precondition(lambda self: len(self.offsets) > 1)  # without any adapter PEFT 0.21's forward is a KeyError
+    @rule(index=which)
+    def delete(self, index):
+        name = self.pick(index)
         if name in self.merged:
             with pytest.raises(ValueError, match="merged"):
                 self.model.delete_adapter(name)
@@ -184,10 +199,9 @@ class Verbs(RuleBasedStateMachine):
         assert list(self.model.peft_config) == list(self.offsets)
         self.compare()
 
-    @rule(first=names)
-    def save_and_load(self, first):
-        if first not in self.offsets:
-            return
+    @rule(index=which)
+    def save_and_load(self, index):
+        first = self.pick(index)
         self.model.save_pretrained(self.folder)
         self.model = PeftModel.from_pretrained(base_model(self.name), self.folder / first, adapter_name=first)
         for name in self.offsets:
@@ -198,21 +212,21 @@ class Verbs(RuleBasedStateMachine):
         self.active, self.merged, self.enabled = [first], [], True
         self.compare()
 
-    @rule(name=names, strength=strengths)
-    def strengthen(self, name, strength):
+    @rule(index=which, strength=strengths)
+    def strengthen(self, index, strength):
+        name = self.pick(index)
         if name in self.merged:
             with pytest.raises(ValueError, match="merged"):
                 set_strength(self.model, strength, name)
-        elif name in self.offsets:
+        else:
             set_strength(self.model, strength, name)
             self.strength[name] = strength
         self.compare()
 
-    @rule(name=names, parts=some_names, weights=st.lists(strengths, min_size=3, max_size=3))
-    def combine(self, name, parts, weights):
-        parts = [part for part in parts if part in self.offsets]
-        if name in self.offsets or not parts:
-            return
+    @precondition(lambda self: len(self.offsets) < len(NAMES))
+    @rule(parts=several, weights=st.lists(strengths, min_size=3, max_size=3))
+    def combine(self, parts, weights):
+        name, parts = self.new_name(), self.pick_several(parts)
         weights = weights[: len(parts)]
         with expected_warnings():
             self.model.add_weighted_adapter(parts, weights, name)
@@ -229,10 +243,9 @@ class Verbs(RuleBasedStateMachine):
         self.strength[name] = 1.0
         self.compare()
 
-    @rule(name=names, seed=seeds)
-    def hotswap(self, name, seed):
-        if name not in self.offsets:
-            return
+    @rule(index=which, seed=seeds)
+    def hotswap(self, index, seed):
+        name = self.pick(index)
         layers = [index for index, key in enumerate(self.shapes) if key in self.offsets[name]]
         kept = layers[seed % len(layers) :]  # a layer that the file lacks becomes the identity
         other = adapted(self.name, self.settings[name][0], layers_to_transform=kept)
@@ -249,10 +262,9 @@ class Verbs(RuleBasedStateMachine):
         self.compare()
 
     @precondition(lambda self: self.enabled and not self.merged)
-    @rule(row=names)
-    def mix_rows(self, row):
-        if row not in self.offsets:
-            return
+    @rule(index=which)
+    def mix_rows(self, index):
+        row = self.pick(index)
         with torch.no_grad():
             mixed = self.model(input_ids=INPUT_IDS, adapter_names=[row, "__base__"]).logits
         assert_close(mixed[0], self.by_hand([row])[0], rtol=0, atol=1e-4)

@@ -69,13 +69,14 @@ def _checked(model: nn.Module, layers: Sequence[SealLayer], adapter_names: Seque
 
 
 def _gather(layer: SealLayer, rows: Sequence[str]) -> Tensor | None:
-    """Scales of all rows in one layer, `(rows, num_heads, 1 or head_dim)`; `None` where no row has any."""
+    """Scales of all rows in one layer, `(rows, num_heads, 1 or head_dim)`; `None` where no adapter is left at all."""
     index: dict[str, int] = {}
     for name in rows:
         if name in layer.seal_delta:
             index.setdefault(name, len(index) + 1)
-    if not index:
-        return None
+    if not index:  # ones, because without row scales the layer would apply its active adapter
+        others = [layer.offset(name) for name in layer.seal_delta]
+        return torch.ones(len(rows), layer.geometry.num_heads, 1, device=others[0].device) if others else None
     with torch.no_grad():
         offsets: list[Tensor] = [layer.offset(name) for name in index]
         wide = max(offset.dim() for offset in offsets)
