@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs, resolve_quantization_backend
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
+from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..context.rope import rope_switch
 from . import joint, positions
 from .adapters import write_weighted_sum
 from .beside import check_can_merge, check_free_name, seal_inside, surround, tuner_layers
 from .config import SealConfig
-from .geometry import TARGET_MODULES, HeadGeometry, default_target_modules, head_geometry
+from .geometry import TARGET_MODULES, default_target_modules
 from .layer import Linear, SealLayer
 from .rows import scaled_rows
-
-# Attention projections whose input is the hidden state: their sizes often fit, their meaning does not.
-_INPUT_PROJECTIONS = frozenset(
-    "q_proj k_proj v_proj qkv_proj c_attn query_key_value Wqkv q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
-)
+from .targets import check_targets, geometry_of
 
 
 class SealModel(BaseTuner):
@@ -68,44 +62,7 @@ class SealModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SealConfig, model: nn.Module) -> None:
         """Check every target before the first one is wrapped, so that an error leaves the model as it was."""
-        inside: tuple[str, ...] = ()
-        found: list[list[int]] = []
-        for name, module in model.named_modules():
-            if inside and name.startswith(inside):
-                continue
-            if isinstance(module, BaseTunerLayer):
-                inside += (name + ".",)
-            if self._check_target_module_exists(peft_config, name):
-                _check_supported(module, name)
-                found.append(list(self._geometry(peft_config, model, module, name)))
-        expected = peft_config._expected_heads
-        if expected is not None and found != [list(pair) for pair in expected]:
-            raise ValueError(
-                f"This adapter was trained on {_describe(expected)}, but the base model has {_describe(found)}. Load "
-                "it on the model it was trained on"
-                + (f": {peft_config.base_model_name_or_path}." if peft_config.base_model_name_or_path else ".")
-            )
-        peft_config.heads = found
-
-    def _geometry(self, config: SealConfig, model: nn.Module, target: nn.Module, name: str) -> HeadGeometry:
-        seal = seal_inside(target)
-        if seal is not None:
-            for field, own in zip(("num_attention_heads", "head_dim"), seal.geometry, strict=True):
-                value = getattr(config, field)
-                if value not in (None, own):
-                    raise ValueError(
-                        f"SealConfig({field}={value}) disagrees with the adapters that {name} carries already, which "
-                        f"have {field}={own}. Adapters of one module share its heads: give the same number, or None."
-                    )
-            return seal.geometry
-        target = tuner_layers(target)[-1].get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.MultiheadAttention):
-            raise TypeError(
-                f"{name} belongs to a torch.nn.MultiheadAttention, which reads its weight without calling it, so that "
-                "scales on its input would do nothing. Leave it out with `exclude_modules`."
-            )
-        return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim)
+        peft_config.heads = check_targets(peft_config, model, self._check_target_module_exists)
 
     def _create_and_replace(
         self,
@@ -121,7 +78,7 @@ class SealModel(BaseTuner):
         if seal is not None:
             seal.update_layer(adapter_name, peft_config)
             return
-        geometry = self._geometry(peft_config, self.model, target, current_key)
+        geometry = geometry_of(peft_config, self.model, target, current_key)
         around: list[Any] = tuner_layers(target)
         if around:  # SEAL goes inside all other tuners: `W diag(s) x + B A x`
             parent, target_name, target = around[-1], "base_layer", around[-1].get_base_layer()
@@ -326,27 +283,3 @@ class SealModel(BaseTuner):
 
 def _shared(values: list[int | None]) -> int | None:
     return values[0] if len(set(values)) == 1 else None
-
-
-def _describe(heads: list[list[int]]) -> str:
-    """Say how many attention layers there are of each number of heads and head size."""
-    kinds = Counter((num_heads, head_dim) for num_heads, head_dim in heads)
-    return " and ".join(f"{n} attention layers with (num_heads, head_dim) = {kind}" for kind, n in kinds.items())
-
-
-def _check_supported(module: nn.Module, name: str) -> None:
-    if name.rpartition(".")[2] in _INPUT_PROJECTIONS:
-        raise ValueError(
-            f"{name} reads the hidden state, not the heads. SEAL scales the input of the attention output projection: "
-            "name that one in `target_modules` (often `o_proj`, `out_proj` or `dense`), or leave it to the default."
-        )
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    if isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(
-        base, get_apply_tensor_subclass=lambda: None
-    ):
-        return
-    raise TypeError(
-        f"{name} is a {type(base).__name__}; SEAL can wrap torch.nn.Linear, transformers' Conv1D and the quantised "
-        "linear layers that PEFT supports. Name the attention output projections in `target_modules`, or leave this "
-        "module out with `exclude_modules`."
-    )

@@ -1,0 +1,110 @@
+"""Which modules SEAL may wrap, and whether an adapter fits the ones it finds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .beside import seal_inside, tuner_layers
+from .config import SealConfig
+from .geometry import HeadGeometry, head_geometry
+
+# Attention projections whose input is the hidden state: their sizes often fit, their meaning does not.
+_INPUT_PROJECTIONS = frozenset(
+    "q_proj k_proj v_proj qkv_proj c_attn query_key_value Wqkv q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
+)
+
+
+def check_targets(
+    config: SealConfig, model: nn.Module, is_target: Callable[[SealConfig, str], Any]
+) -> list[list[int]]:
+    """Check every module that a config targets, changing nothing.
+
+    Args:
+        config: The adapter's config, its targets decided.
+        model: The base model, with or without adapters.
+        is_target: PEFT's test whether a config targets a module of a given name.
+
+    Returns:
+        `[num_heads, head_dim]` of every target, in the order of the model.
+
+    Raises:
+        ValueError: A target's heads cannot be found, or are not those that the adapter was trained on.
+        TypeError: A target is of a kind that cannot be wrapped.
+    """
+    inside: tuple[str, ...] = ()
+    found: list[list[int]] = []
+    for name, module in model.named_modules():
+        if inside and name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (name + ".",)
+        if is_target(config, name):
+            _check_supported(module, name)
+            found.append(list(geometry_of(config, model, module, name)))
+    expected = config._expected_heads
+    if expected is not None and found != [list(pair) for pair in expected]:
+        raise ValueError(
+            f"This adapter was trained on {_describe(expected)}, but the base model has {_describe(found)}. Load "
+            "it on the model it was trained on"
+            + (f": {config.base_model_name_or_path}." if config.base_model_name_or_path else ".")
+        )
+    return found
+
+
+def geometry_of(config: SealConfig, model: nn.Module, target: nn.Module, name: str) -> HeadGeometry:
+    """Find the heads that a target reads; where adapters stand already, theirs hold.
+
+    Raises:
+        ValueError: The heads cannot be found, or disagree with the adapters already there.
+        TypeError: The target's module is never called.
+    """
+    seal = seal_inside(target)
+    if seal is not None:
+        for field, own in zip(("num_attention_heads", "head_dim"), seal.geometry, strict=True):
+            value = getattr(config, field)
+            if value not in (None, own):
+                raise ValueError(
+                    f"SealConfig({field}={value}) disagrees with the adapters that {name} carries already, which "
+                    f"have {field}={own}. Adapters of one module share its heads: give the same number, or None."
+                )
+        return seal.geometry
+    target = tuner_layers(target)[-1].get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(parent, nn.MultiheadAttention):
+        raise TypeError(
+            f"{name} belongs to a torch.nn.MultiheadAttention, which reads its weight without calling it, so that "
+            "scales on its input would do nothing. Leave it out with `exclude_modules`."
+        )
+    return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim)
+
+
+def _describe(heads: list[list[int]]) -> str:
+    """Say how many attention layers there are of each number of heads and head size."""
+    kinds = Counter((num_heads, head_dim) for num_heads, head_dim in heads)
+    described = [f"{n} attention layers with (num_heads, head_dim) = {kind}" for kind, n in kinds.items()]
+    return " and ".join(described) or "no module of the names it targets"
+
+
+def _check_supported(module: nn.Module, name: str) -> None:
+    if name.rpartition(".")[2] in _INPUT_PROJECTIONS:
+        raise ValueError(
+            f"{name} reads the hidden state, not the heads. SEAL scales the input of the attention output projection: "
+            "name that one in `target_modules` (often `o_proj`, `out_proj` or `dense`), or leave it to the default."
+        )
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    if isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(
+        base, get_apply_tensor_subclass=lambda: None
+    ):
+        return
+    raise TypeError(
+        f"{name} is a {type(base).__name__}; SEAL can wrap torch.nn.Linear, transformers' Conv1D and the quantised "
+        "linear layers that PEFT supports. Name the attention output projections in `target_modules`, or leave this "
+        "module out with `exclude_modules`."
+    )
