@@ -106,6 +106,12 @@ class Verbs(RuleBasedStateMachine):
         self.offsets[name] = drawn(self.model, name, seed)
         self.strength[name] = 1.0
 
+    def set_active(self, names):
+        with expected_warnings():
+            self.model.set_adapter(names[0])  # PEFT's wrapper knows one name, the model inside it several
+            self.model.base_model.set_adapter(names)
+        self.active, self.merged = names, []
+
     def by_hand(self, adapters):
         total = {}
         for key, geometry in self.shapes.items():
@@ -140,9 +146,7 @@ class Verbs(RuleBasedStateMachine):
     @rule(chosen=several)
     def activate(self, chosen):
         chosen = self.pick_several(chosen)
-        with expected_warnings():
-            self.model.base_model.set_adapter(chosen)
-        self.active, self.merged = chosen, []
+        self.set_active(chosen)
         self.compare()
 
     @rule(chosen=st.none() | several, safe=st.booleans())
@@ -191,11 +195,8 @@ class Verbs(RuleBasedStateMachine):
             self.model.delete_adapter(name)
             for known in (self.settings, self.offsets, self.strength):
                 del known[name]
-            if name in self.active:
-                self.active = [other for other in self.active if other != name] or list(self.offsets)[:1]
-                if self.active:  # PEFT lets each layer pick its own successor
-                    self.merged = []
-                    self.model.base_model.set_adapter(self.active)
+        if name in self.active:  # PEFT lets each layer pick its own successor, and the wrapper may keep the old name
+            self.set_active([other for other in self.active if other != name] or [self.pick(0)])
         assert list(self.model.peft_config) == list(self.offsets)
         self.compare()
 
