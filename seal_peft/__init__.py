@@ -2,6 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from .hub import push
 from .tuner import (
     SealConfig,
     SealLayer,
@@ -36,6 +37,7 @@ __all__ = [
     "hotswap_adapter",
     "import_ia3",
     "load_adapters",
+    "push",
     "save_adapter",
     "scales",
     "set_strength",

@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from . import __version__
 from .demo import DemoArguments, demo
 from .evaluate import EvaluateArguments, evaluate
+from .hub import PushArguments, push_stage
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
 from .report import ReportArguments, markdown_table, overall_rows, report
@@ -82,6 +83,12 @@ STAGES = {
         (MergeArguments,),
         "fold an adapter into its base model, for serving without this package",
         "seal-peft merge --adapter_name_or_path runs/my/adapter --output_dir runs/my/merged",
+    ),
+    "push": Stage(
+        push_stage,
+        (PushArguments,),
+        "upload an adapter and its model card to the Hub",
+        "seal-peft push --adapter runs/my/adapter --metrics_file runs/my/eval/metrics.json --repo_id me/my-adapter",
     ),
 }
 
