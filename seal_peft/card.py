@@ -150,9 +150,12 @@ def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
 
 def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: CardFacts) -> dict[str, Any]:
     """Fill the blanks of the template."""
-    learned = scales(folder)
-    count = sum(scale.numel() for scale in learned.values())
-    per = "channel of every head (SEAL-C)" if config["granularity"] == "channel" else "head (SEAL-H)"
+    learned = scales(folder).values()
+    counts = {
+        per: sum(scale.numel() for scale in learned if scale.dim() == dim)
+        for dim, per in ((1, "head"), (2, "channel of every head"))
+    }
+    numbers = " and ".join(f"{count:,}, one per {per}" for per, count in counts.items() if count)
     named = config.get("base_model_name_or_path") or ""
     base = facts.base_model or public_id(named)
     package = smollm2_package(named)
@@ -165,8 +168,8 @@ def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: Car
         "base_note": package
         and f"The weights at training were those of the 4-bit GGUF file in the Python package {package}, unpacked: "
         "close to the ones on the Hub, not equal.",
-        "summary": f"{count:,} numbers, one per {per}",
-        "trained": markdown_table(_trained_rows(config, run, count, len(learned), per)),
+        "numbers": numbers,
+        "trained": markdown_table(_trained_rows(config, run, numbers)),
         "has_run": bool(run),
         "rope": config.get("rope_parameters"),
         "picture": facts.picture,
@@ -175,14 +178,17 @@ def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: Car
     }
 
 
-def _trained_rows(config: dict[str, Any], run: dict[str, Any], count: int, layers: int, per: str) -> list[list[str]]:
-    heads = {f"{number} heads of {size} channels" for number, size in config.get("heads") or []}
+def _trained_rows(config: dict[str, Any], run: dict[str, Any], numbers: str) -> list[list[str]]:
+    sites, pairs = config.get("sites", ["output"]), config.get("heads") or []
+    heads = sorted({f"{number} heads of {size} channels" for number, size in pairs})
+    granularity = {"head": "head (SEAL-H)", "channel": "channel (SEAL-C)"}[config["granularity"]]
     rope = config.get("rope_parameters")
     rows = [
         ["", ""],
-        ["scales", f"{count:,}, one per {per}, on {layers} projections"],
-        ["sites", ", ".join(config.get("sites", ["output"]))],
-        ["heads", "; ".join(sorted(heads)) or "not recorded"],
+        ["scales", numbers],
+        ["granularity", granularity],
+        ["sites", ", ".join(sites)],
+        ["heads", f"{'; '.join(heads)}, in {len(pairs) // len(sites)} layers"],
         ["RoPE", f"`{json.dumps(rope)}`" if rope else "the base model's own"],
     ]
     if run:
@@ -191,7 +197,7 @@ def _trained_rows(config: dict[str, Any], run: dict[str, Any], count: int, layer
             ["samples", f"{run['samples']}; tasks {_listed(run.get('tasks'))}; {run['tokens']:,} tokens in all"],
             ["lengths", f"{_listed(run.get('lengths'))} tokens"],
             ["learning rate", f"{settings['learning_rate']:g}, {settings['lr_scheduler_type']}"],
-            ["steps", f"{run['steps']} ({settings['num_train_epochs']:g} epochs asked for)"],
+            ["steps", str(run["steps"])],
             ["seed", str(settings["seed"])],
             ["time", f"{run['seconds']:.0f} s on {run['device']}"],
         ]

@@ -200,7 +200,7 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
     maps = scale_maps(layers)
     figure = new_figure(1.5 + 4.5 * len(maps), 6)
     for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        if title.startswith("scale"):
+        if "scale" in title:
             reach = max(*(abs(value - 1) for row in values for value in row), 1e-6)
             image = axes.imshow(values, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
         else:
@@ -211,8 +211,21 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
 
 
 def scale_maps(layers: dict[str, Tensor]) -> dict[str, list[list[float]]]:
-    """Return one number per layer and head, by title; layers with fewer heads are filled up as unchanged."""
-    values = list(layers.values())
+    """Return one number per layer and head, by title; layers with fewer heads are filled up as unchanged.
+
+    Scales of several sites stand in maps of their own, whose titles name the module.
+    """
+    sites: dict[str, list[Tensor]] = {}
+    for name, value in layers.items():
+        sites.setdefault(name.rpartition(".")[2], []).append(value)
+    maps = {}
+    for site, values in sites.items():
+        for title, rows in _maps_of_a_site(values).items():
+            maps[f"{site}: {title}" if len(sites) > 1 else title] = rows
+    return maps
+
+
+def _maps_of_a_site(values: list[Tensor]) -> dict[str, list[list[float]]]:
     width = max(len(value) for value in values)
 
     def rows(per_head: list[Tensor], unchanged: float) -> list[list[float]]:

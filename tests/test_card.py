@@ -77,8 +77,9 @@ def test_the_results_are_those_of_the_metrics_file(house: Path) -> None:
 def test_what_was_trained_is_told_from_the_files(house: Path) -> None:
     run, text = run_of(house), card_of(house).text
     channels = models.LAYERS * models.HEADS * models.HEAD_DIM
-    assert f"{channels}, one per channel of every head (SEAL-C), on {models.LAYERS} projections" in text
-    assert f"{models.HEADS} heads of {models.HEAD_DIM} channels" in text
+    assert f"| scales | {channels}, one per channel of every head |" in text
+    assert "| granularity | channel (SEAL-C) |" in text
+    assert f"| heads | {models.HEADS} heads of {models.HEAD_DIM} channels, in {models.LAYERS} layers |" in text
     assert "| sites | output |" in text
     assert f"| samples | 6; tasks lines; {run['tokens']:,} tokens in all |" in text
     assert "| lengths | 400 tokens |" in text
