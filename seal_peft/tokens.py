@@ -74,7 +74,8 @@ def encode_conversation(
 
     Example:
         ```python
-        encode_conversation([{"role": "user", "content": "Ping?"}, {"role": "assistant", "content": "Pong."}], tokenizer)
+        turns = [{"role": "user", "content": "Ping?"}, {"role": "assistant", "content": "Pong."}]
+        encode_conversation(turns, tokenizer)
         ```
     """
     return encode_training(Sample.from_conversation(messages, id="conversation"), tokenizer)

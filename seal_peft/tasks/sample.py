@@ -71,10 +71,9 @@ class Sample:
             )
         return cls(**row)
 
-
     @classmethod
     def from_conversation(cls, messages: Any, id: str) -> Sample:
-        """Build a sample for training from turns alone, the last one the answer. It cannot be scored: no task is named.
+        """Build a sample from turns alone, the last one the answer. It is for training: no task says how to score it.
 
         Args:
             messages: Turns (`role`, `content`); the last is the assistant's.
@@ -85,7 +84,7 @@ class Sample:
         """
         last = messages[-1] if isinstance(messages, list | tuple) and messages else None
         if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
-            raise ValueError("Field 'messages': the last turn must be the answer, {\"role\": \"assistant\", ...}.")
+            raise ValueError('Field \'messages\': the last turn must be the answer, {"role": "assistant", ...}.')
         return cls.from_row(
             {
                 "id": id,
