@@ -17,9 +17,10 @@ import seal_peft
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
-def run(command: list[object], folder: Path) -> str:
+def run(command: list[object], folder: Path, **variables: str) -> str:
     """Run a command as a user would, in a process of its own; return what it printed."""
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment |= variables
     ended = subprocess.run(
         list(map(str, command)), capture_output=True, text=True, cwd=folder, env=environment, check=False
     )
@@ -65,7 +66,7 @@ def test_trl_trains_on_the_answers_alone(tmp_path: Path) -> None:
     words = ["--tiny", "--output_dir", tmp_path / "ours"]
     run([sys.executable, EXAMPLES / "train_with_trainer.py", *words], tmp_path)
     ours, trl = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "trl"))
-    # The same rows, labels and settings; TRL runs in bfloat16 or with another loss function in places.
+    # The same rows, labels and settings, but TRL computes in bfloat16. With labels on the prompt, too, it is 0.73.
     for name in ours:
         agreement = torch.corrcoef(torch.stack([ours[name].flatten(), trl[name].flatten()]))[0, 1]
         assert agreement > 0.95, (name, agreement)
@@ -100,12 +101,5 @@ assert plugin.load_adapter(None, cfg, config_only=True)[1].granularity == "head"
 print(json.dumps([model.get_nb_trainable_parameters()[0], again.get_nb_trainable_parameters()[0]]))
 """
     paths = {"PYTHONPATH": os.pathsep.join([str(EXAMPLES), str(EXAMPLES / "axolotl"), *filter(None, sys.path)])}
-    ended = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **paths},
-        check=False,
-    )
-    assert ended.returncode == 0, ended.stderr
-    assert json.loads(ended.stdout.splitlines()[-1]) == [8, 8]
+    printed = run([sys.executable, "-c", code, tmp_path], tmp_path, **paths)
+    assert json.loads(printed.splitlines()[-1]) == [8, 8]
