@@ -169,9 +169,9 @@ def test_every_site_has_a_map_of_its_own(tmp_path: Path) -> None:
     scales = {"0.o_proj": torch.full((2, 3), 2.0), "0.q_proj": torch.tensor([0.5, 1.5])}
     plot_scales(scales, tmp_path / "map.png")
     assert json.loads((tmp_path / "map.json").read_text())["maps"] == {
-        "o_proj: scale, mean over channels": [[2.0, 2.0]],
-        "o_proj: spread of channels around 1": [[1.0, 1.0]],
-        "q_proj: scale": [[0.5, 1.5]],
+        "scale, mean over channels": [[2.0, 2.0]],
+        "spread of channels around 1": [[1.0, 1.0]],
+        "scale of the query": [[0.5, 1.5]],
     }
 
 
