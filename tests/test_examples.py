@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 import seal_peft
 
@@ -34,38 +35,42 @@ def assert_learned(folder: Path) -> None:
     assert all((scale - 1).abs().max() > 0.02 for scale in scales.values())
 
 
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter_model.safetensors")
+
+
 @pytest.fixture
-def trainer_in_this_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """What the plain Trainer makes of two rows a step."""
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Run the example of the plain Trainer in this process."""
+
+    def train(batch_size: int) -> Path:
+        words = ["--tiny", "--batch_size", str(batch_size), "--output_dir", str(tmp_path / "here")]
+        monkeypatch.setattr(sys, "argv", ["train_with_trainer.py", *words])
+        runpy.run_path(str(EXAMPLES / "train_with_trainer.py"), run_name="__main__")
+        assert "model.layers.1.self_attn.o_proj: 0." in capsys.readouterr().out
+        return tmp_path / "here"
+
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    words = ["--tiny", "--batch_size", "2", "--output_dir", str(tmp_path / "one")]
-    monkeypatch.setattr(sys, "argv", ["train_with_trainer.py", *words])
-    runpy.run_path(str(EXAMPLES / "train_with_trainer.py"), run_name="__main__")
-    assert "model.layers.1.self_attn.o_proj: 0." in capsys.readouterr().out
-    return tmp_path / "one"
+    return train
 
 
-def test_two_processes_of_the_trainer_learn_what_one_learns_from_twice_the_batch(
-    trainer_in_this_process: Path, tmp_path: Path
-) -> None:
-    assert_learned(trainer_in_this_process)
+def test_two_processes_of_the_trainer_learn_what_one_learns_from_twice_the_batch(trained, tmp_path: Path) -> None:
+    one = trained(batch_size=2)
+    assert_learned(one)
     # Without GPUs this launcher starts processes on the CPU; `--cpu` starts a single one (accelerate 1.15).
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2]
     settings = ["--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", 0]
     words = [EXAMPLES / "train_with_trainer.py", "--tiny", "--output_dir", tmp_path / "two"]
     printed = run([*launcher, *settings, *words], tmp_path)
     assert printed.count("layers.0.self_attn.o_proj") == 1
-    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two"))
-    torch.testing.assert_close(one, two)
+    assert_close(weights(one), weights(tmp_path / "two"))
 
 
-def test_trl_trains_on_the_answers_alone(tmp_path: Path) -> None:
+def test_trl_trains_on_the_answers_alone(trained, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="needs `pip install trl`")
     run([sys.executable, EXAMPLES / "train_with_trl.py", "--tiny", "--output_dir", tmp_path / "trl"], tmp_path)
     assert_learned(tmp_path / "trl")
-    words = ["--tiny", "--output_dir", tmp_path / "ours"]
-    run([sys.executable, EXAMPLES / "train_with_trainer.py", *words], tmp_path)
-    ours, trl = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("ours", "trl"))
+    ours, trl = weights(trained(batch_size=1)), weights(tmp_path / "trl")
     # The same rows, labels and settings, but TRL computes in bfloat16. With labels on the prompt, too, it is 0.73.
     for name in ours:
         agreement = torch.corrcoef(torch.stack([ours[name].flatten(), trl[name].flatten()]))[0, 1]
