@@ -7,8 +7,6 @@ Needs `pip install bitsandbytes`.
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 from peft import get_peft_model, prepare_model_for_kbit_training
@@ -16,7 +14,8 @@ from tiny import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Trainer, TrainingArguments
 
 import seal_peft
-from seal_peft.tokens import AnswerCollator, encode_conversation
+from seal_peft.data import read_samples
+from seal_peft.tokens import AnswerCollator, encode_training
 
 
 def main() -> None:
@@ -33,8 +32,7 @@ def main() -> None:
         parser.error("give --model and --train_file, or --tiny")
 
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
-    lines = Path(flags.train_file).read_text(encoding="utf-8").splitlines()
-    rows = [encode_conversation(json.loads(line)["messages"], tokenizer) for line in lines]
+    rows = [encode_training(sample, tokenizer) for sample in read_samples(flags.train_file)]
 
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"

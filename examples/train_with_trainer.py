@@ -7,8 +7,6 @@ python examples/train_with_trainer.py --tiny     # a made-up model, seconds on a
 """
 
 import argparse
-import json
-from pathlib import Path
 
 import torch
 from peft import get_peft_model
@@ -16,7 +14,8 @@ from tiny import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 import seal_peft
-from seal_peft.tokens import AnswerCollator, encode_conversation
+from seal_peft.data import read_samples
+from seal_peft.tokens import AnswerCollator, encode_training
 
 
 def main() -> None:
@@ -46,8 +45,7 @@ def main() -> None:
         with arguments.main_process_first():
             flags.model, flags.train_file = make_tiny(flags.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
-    lines = Path(flags.train_file).read_text(encoding="utf-8").splitlines()
-    rows = [encode_conversation(json.loads(line)["messages"], tokenizer) for line in lines]
+    rows = [encode_training(sample, tokenizer) for sample in read_samples(flags.train_file)]
 
     model = AutoModelForCausalLM.from_pretrained(flags.model)
     model = get_peft_model(model, seal_peft.SealConfig(granularity="channel", task_type="CAUSAL_LM"))

@@ -56,31 +56,6 @@ def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[
     return {"input_ids": input_ids, "labels": labels}
 
 
-def encode_conversation(
-    messages: Sequence[Mapping[str, str]], tokenizer: PreTrainedTokenizerBase
-) -> dict[str, list[int]]:
-    """Tokens of a conversation that ends with an answer, with labels on the answers: `encode_training` of your rows.
-
-    Args:
-        messages: Turns as chat templates take them, `{"role": ..., "content": ...}`, the last one the assistant's.
-        tokenizer: The model's tokenizer. Without a chat template the turns stand as plain paragraphs.
-
-    Returns:
-        As `encode_training`.
-
-    Raises:
-        ValueError: The turns are not such a conversation, or several answers meet a chat template that rewrites
-            earlier turns.
-
-    Example:
-        ```python
-        turns = [{"role": "user", "content": "Ping?"}, {"role": "assistant", "content": "Pong."}]
-        encode_conversation(turns, tokenizer)
-        ```
-    """
-    return encode_training(Sample.from_conversation(messages, id="conversation"), tokenizer)
-
-
 def _encode(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     input_ids: list[int] = []
     labels: list[int] = []

@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo in self.hub.repos:
             return self._answer({"error": "You already created this model repo", "url": self._page(repo)}, 409)
         self.hub.repos[repo] = {"main": {}}
-        self.hub.private[repo] = asked.get("visibility")
+        self.hub.private[repo] = asked.get("visibility", "private" if asked.get("private") else None)
         return self._answer({"url": self._page(repo)})
 
     def _page(self, repo: str) -> str:
@@ -207,5 +207,5 @@ _ROUTES = [
     ("POST", rf"/api/models/{_REPO}/commit/(.+)", _Handler._commit),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler._large_files),
     ("PUT", r"/blobs/(\w+)", _Handler._blob),
-    ("GET HEAD", rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler._file),
+    ("GET HEAD", r"/((?:[\w.-]+/)?[\w.-]+)/resolve/([^/]+)/(.+)", _Handler._file),
 ]

@@ -48,20 +48,24 @@ def adapter(house: Path, tmp_path: Path) -> Path:
 def online(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """A Hub that this process believes to be the only one, with a token to write to it."""
     with running_hub() as served:
-        # huggingface_hub read these from the environment when it was imported.
-        for name, value in {
-            "ENDPOINT": served.url,
-            "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
-            "HF_HUB_OFFLINE": False,
-            "HF_HUB_CACHE": str(tmp_path / "cache"),
-        }.items():
-            monkeypatch.setattr(huggingface_hub.constants, name, value)
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
-        monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
-        monkeypatch.setenv("HF_TOKEN", TOKEN)
-        huggingface_hub.utils._http.close_session()
+        pretend_to_be_the_hub(served, tmp_path / "cache", monkeypatch)
         yield served
-        huggingface_hub.utils._http.close_session()
+
+
+def pretend_to_be_the_hub(served: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Point huggingface_hub, which read its environment when it was imported, to another Hub; log in there."""
+    for name, value in {
+        "ENDPOINT": served.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": served.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_CACHE": str(cache),
+        "HF_HUB_DISABLE_IMPLICIT_TOKEN": False,
+    }.items():
+        monkeypatch.setattr(huggingface_hub.constants, name, value)
+    monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    huggingface_hub.utils._http.close_session()  # it knows whether the network is allowed
 
 
 @pytest.fixture

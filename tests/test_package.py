@@ -36,6 +36,7 @@ def build(kind: str, source: Path, target: Path) -> Path:
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from an unpacked sdist, as package indexes do it."""
+    pytest.importorskip("setuptools", minversion="77.0.3")
     folder = tmp_path_factory.mktemp("build")
     source = folder / "source"
     for part in PARTS:
