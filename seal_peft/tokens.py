@@ -35,7 +35,24 @@ def encode_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[in
     Returns:
         Token ids, the sample's answer prefix last. `encode_training` begins with exactly these.
     """
-    return _encode(_pieces(sample, tokenizer)[:-1], tokenizer)[0]
+    return encode_question(sample, tokenizer)[0]
+
+
+def encode_question(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens up to where the last answer starts, and those of the right answer; together what `encode_training` gives.
+
+    Args:
+        sample: A sample with any number of questions.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        Token ids of the prompt, and of the answer with its end-of-turn token.
+
+    Raises:
+        ValueError: If the sample has several questions and the chat template rewrites earlier turns.
+    """
+    *prompt, answer = _encode(_pieces(sample, tokenizer), tokenizer)
+    return [token for ids in prompt for token in ids], answer
 
 
 def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -52,24 +69,22 @@ def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[
     Raises:
         ValueError: If the sample has several questions and the chat template rewrites earlier turns.
     """
-    input_ids, labels = _encode(_pieces(sample, tokenizer), tokenizer)
+    pieces = _pieces(sample, tokenizer)
+    input_ids: list[int] = []
+    labels: list[int] = []
+    for piece, ids in zip(pieces, _encode(pieces, tokenizer), strict=True):
+        input_ids += ids
+        labels += ids if piece.learned else [IGNORED] * len(ids)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _encode(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    input_ids: list[int] = []
-    labels: list[int] = []
-    before = ""
-    for piece in pieces:
-        if before:
-            ids = _continuation_ids(before, piece.text, tokenizer)
-        else:
-            # A chat template writes its own BOS. Plain text gets the one that the tokenizer gives by default.
-            ids = _ids(piece.text, tokenizer, special=tokenizer.chat_template is None)
-        input_ids += ids
-        labels += ids if piece.learned else [IGNORED] * len(ids)
-        before = piece.text
-    return input_ids, labels
+def _encode(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of each piece."""
+    # A chat template writes its own BOS. Plain text gets the one that the tokenizer gives by default.
+    encoded = [_ids(pieces[0].text, tokenizer, special=tokenizer.chat_template is None)]
+    for before, piece in zip(pieces, pieces[1:], strict=False):
+        encoded.append(_continuation_ids(before.text, piece.text, tokenizer))
+    return encoded
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:

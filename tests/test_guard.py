@@ -100,7 +100,7 @@ def test_perplexity_is_the_models_own_loss() -> None:
     model.eval()
     ids = torch.tensor(windows)
     assert losses == pytest.approx([model(input_ids=row, labels=row).loss.item() for row in ids[:, None]], rel=1e-5)
-    summary = summarise_guard({"base": losses}, {"base": windows}, "base")["base"]
+    summary = summarise_guard({"base": losses}, {"base": windows}, [], {}, "base")["base"]
     assert summary["loss"] == pytest.approx(sum(losses) / 5)
     assert summary["low"] <= summary["loss"] <= summary["high"]
     assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
@@ -110,7 +110,7 @@ def test_perplexity_is_the_models_own_loss() -> None:
 def test_losses_are_compared_window_by_window_and_only_on_the_same_tokens() -> None:
     losses = {"base": [2.0, 3.0, 4.0], "adapter": [2.5, 3.5, 4.5], "other": [1.0, 1.0]}
     windows = {"base": [[1, 2]] * 3, "adapter": [[1, 2]] * 3, "other": [[3, 4, 5]] * 2}
-    summary = summarise_guard(losses, windows, "base")
+    summary = summarise_guard(losses, windows, [], {}, "base")
     assert summary["adapter"]["difference_to_base"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert "difference_to_base" not in summary["base"]
     assert "difference_to_base" not in summary["other"]

@@ -103,7 +103,7 @@ def test_lines_have_the_intervals_of_the_metrics(tmp_path: Path) -> None:
 
 def test_the_report_shows_pictures_effective_lengths_guard_and_wording(tmp_path: Path) -> None:
     losses, windows = {"base": [2.0, 3.0], "adapter": [2.1, 3.1]}, {"base": [[1, 2]] * 2, "adapter": [[1, 2]] * 2}
-    metrics = grid_metrics(guard=summarise_guard(losses, windows, "base"), wording={"needle": ["own"]})
+    metrics = grid_metrics(guard=summarise_guard(losses, windows, [], {}, "base"), wording={"needle": ["own"]})
     write_json(tmp_path / "metrics.json", metrics)
     text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(tmp_path / "metrics.json"))).read_text()
     for name in ("needle-lengths", "needle-depths"):
