@@ -35,24 +35,21 @@ def encode_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[in
     Returns:
         Token ids, the sample's answer prefix last. `encode_training` begins with exactly these.
     """
-    return encode_question(sample, tokenizer)[0]
+    return _encode(_pieces(sample, tokenizer)[:-1], tokenizer)[0]
 
 
 def encode_question(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens up to where the last answer starts, and those of the right answer; together what `encode_training` gives.
+    """Tokens of the prompt, as `encode_prompt` gives them, and of the right answer to it, its end of turn last.
 
     Args:
         sample: A sample with any number of questions.
         tokenizer: The model's tokenizer.
 
     Returns:
-        Token ids of the prompt, and of the answer with its end-of-turn token.
-
-    Raises:
-        ValueError: If the sample has several questions and the chat template rewrites earlier turns.
+        Token ids of both; together they are the `input_ids` of `encode_training`.
     """
-    *prompt, answer = _encode(_pieces(sample, tokenizer), tokenizer)
-    return [token for ids in prompt for token in ids], answer
+    *before, answer = _pieces(sample, tokenizer)
+    return _encode(before, tokenizer)[0], _continuation_ids(before[-1].text, answer.text, tokenizer)
 
 
 def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
@@ -69,22 +66,24 @@ def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[
     Raises:
         ValueError: If the sample has several questions and the chat template rewrites earlier turns.
     """
-    pieces = _pieces(sample, tokenizer)
-    input_ids: list[int] = []
-    labels: list[int] = []
-    for piece, ids in zip(pieces, _encode(pieces, tokenizer), strict=True):
-        input_ids += ids
-        labels += ids if piece.learned else [IGNORED] * len(ids)
+    input_ids, labels = _encode(_pieces(sample, tokenizer), tokenizer)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _encode(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of each piece."""
-    # A chat template writes its own BOS. Plain text gets the one that the tokenizer gives by default.
-    encoded = [_ids(pieces[0].text, tokenizer, special=tokenizer.chat_template is None)]
-    for before, piece in zip(pieces, pieces[1:], strict=False):
-        encoded.append(_continuation_ids(before.text, piece.text, tokenizer))
-    return encoded
+def _encode(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    input_ids: list[int] = []
+    labels: list[int] = []
+    before = ""
+    for piece in pieces:
+        if before:
+            ids = _continuation_ids(before, piece.text, tokenizer)
+        else:
+            # A chat template writes its own BOS. Plain text gets the one that the tokenizer gives by default.
+            ids = _ids(piece.text, tokenizer, special=tokenizer.chat_template is None)
+        input_ids += ids
+        labels += ids if piece.learned else [IGNORED] * len(ids)
+        before = piece.text
+    return input_ids, labels
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
