@@ -95,8 +95,9 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
             try:
                 sample = Sample.from_row(json.loads(line))
             except ValueError as error:
-                # Not a sample, or not even JSON or UTF-8.
-                raise ValueError(f"{path}, line {number}: {error} See 'Your own files' in docs/tasks.md.") from error
+                not_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+                problem = f"The row is not JSON ({error})." if not_json else error
+                raise ValueError(f"{path}, line {number}: {problem} See 'Your own files' in docs/tasks.md.") from error
             first = lines_of_ids.setdefault(sample.id, number)
             if first != number:
                 raise ValueError(f"{path}, line {number}: the id {sample.id!r} is already that of line {first}.")

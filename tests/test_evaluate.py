@@ -377,6 +377,8 @@ def test_a_row_that_cannot_be_scored_is_named_by_line_and_field(refused, own_hou
     row = {**json.loads(rows[1]), "answers": ["landlord"]}
     broken.write_text(rows[0] + json.dumps(row) + "\n")
     assert "broken.jsonl, line 2: Field 'answers': " in refused(test_file=broken)
+    broken.write_text(rows[0] + rows[1][:50] + "\n")
+    assert "broken.jsonl, line 2: The row is not JSON (" in refused(test_file=broken)
     broken.write_text(rows[0] + json.dumps({**row, "depth": 7}) + "\n")
     assert "broken.jsonl, line 2: Field 'depth' must be a number from 0 to 1" in refused(test_file=broken)
 
