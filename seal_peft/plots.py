@@ -216,11 +216,12 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
     figure = new_figure(1.5 + 4.5 * len(maps), 6)
     for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
         if title.startswith("scale"):  # 1 is unchanged
-            reach = max(*(abs(value - 1) for row in values for value in row), 1e-6)
+            reach = max(*(abs(value - 1) for row in values for value in row), 1e-3)
             image = axes.imshow(values, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
             label = "scale (red: emphasised, white: unchanged, blue: muted)"
         else:
-            image = axes.imshow(values, cmap="viridis", vmin=0, aspect="auto")
+            reach = max(*(value for row in values for value in row), 1e-3)
+            image = axes.imshow(values, cmap="viridis", vmin=0, vmax=reach, aspect="auto")
             label = "root mean square of scale \N{MINUS SIGN} 1 (0: unchanged)"
         axes.set(title=title, xlabel="head", ylabel="layer")
         axes.xaxis.get_major_locator().set_params(integer=True)
