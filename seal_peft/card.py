@@ -16,7 +16,7 @@ from peft.utils import CONFIG_NAME
 
 from .assets import SMOLLM2_HUB_ID, smollm2_package
 from .files import replacing
-from .report import guard_rows, length_rows, markdown_table, overall_rows
+from .report import guard_tables, length_rows, markdown_table, overall_rows
 from .tuner import scales
 
 CARD_NAME = "README.md"
@@ -209,12 +209,11 @@ def _listed(values: list[Any] | None) -> str:
 
 
 def _result_words(metrics: dict[str, Any]) -> dict[str, Any]:
-    guard = metrics.get("guard")
     own = [task for task, wording in metrics.get("wording", {}).items() if "own" in wording]
     return {
         "results": markdown_table(overall_rows(metrics)),
         "results_by_length": markdown_table(length_rows(metrics)),
-        "guard": markdown_table(guard_rows(guard)) if guard else None,
+        "guard": "\n\n".join(f"{title}\n\n{markdown_table(rows)}" for title, rows in guard_tables(metrics).items()),
         "own_wording": ", ".join(own),
         "evaluated_on": f"{metrics['device']}, {metrics['date']}",
     }

@@ -185,7 +185,8 @@ def _metrics_of(
     kept = {"base", system}
     metrics["systems"] = {name: result for name, result in metrics["systems"].items() if name in kept}
     metrics["cells"] = [cell for cell in metrics["cells"] if cell["system"] in kept]
-    for part in (metrics.get("guard", {}), metrics.get("effective_lengths", {}).get("systems", {})):
+    reached = metrics.get("effective_lengths", {}).get("systems", {})
+    for part in (metrics.get("guard", {}), metrics.get("windows", {}), reached):
         for name in set(part) - kept:
             del part[name]
     return metrics

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train, test = (save_samples(folder / f"{split}.jsonl", split) for split in ("train", "test"))
     out = ["--output_dir", folder / "adapter", "--max_steps", 2, "--save_steps", 9, "--learning_rate", 0.05]
     assert seal("train", *base, "--train_file", train, *out, "--disable_tqdm", "true") == 0
-    ask = ["--test_file", test, "--adapters", f"ours={folder / 'adapter'}", "--max_new_tokens", 4, "--guard"]
+    ask = ["--test_file", test, "--adapters", f"ours={folder / 'adapter'}", "--max_new_tokens", 4]
     assert seal("evaluate", *base, *ask, "--output_dir", folder / "eval") == 0
     return folder
 
@@ -71,7 +72,15 @@ def test_the_results_are_those_of_the_metrics_file(house: Path) -> None:
     (cell,) = [c for c in metrics["cells"] if c["depth"] is None and c["system"] == "ours"]
     assert indexed.metric_value == round(cell["accuracy"], 4)
     assert indexed.dataset_type == "seal_peft/lines"
-    assert f"| ours | {metrics['guard']['ours']['perplexity']:.2f}" in card.text
+
+
+def test_the_guard_is_shown_where_it_was_measured(house: Path) -> None:
+    facts = facts_of(house)
+    assert "Short contexts" not in render_card(house / "adapter", run_of(house), facts)
+    loss = {"perplexity": 9.87, "loss": 2.29, "low": 2.2, "high": 2.4, "tokens": 511}
+    guard = {"base": loss, "ours": {**loss, "difference_to_base": {"mean": 0.0123, "low": 0.0, "high": 0.02}}}
+    card = render_card(house / "adapter", run_of(house), replace(facts, metrics={**facts.metrics, "guard": guard}))
+    assert "| ours | 9.87 | 2.290 | 2.200 to 2.400 | +0.0123 (+0.0000 to +0.0200) |" in card
 
 
 def test_what_was_trained_is_told_from_the_files(house: Path) -> None:

@@ -71,7 +71,7 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [json.dumps({"messages": turns}) + "\n"] * 2
     (folder / "my.jsonl").write_text("".join(rows))
     (folder / "train.jsonl").write_text("".join(rows))
-    for name in ("my-adapter", "runs/demo/adapter"):
+    for name in ("my-adapter", "runs/demo/adapter", "yarn-16k"):
         shutil.copytree(adapter, folder / name)
     return folder
 
@@ -104,7 +104,8 @@ def at_home(original, folder: Path):
 def run_shell(line: str, model: Path) -> None:
     """Run a `seal-peft` line of a page, with as little work as it takes."""
     words = shlex.split(line, comments=True)[1:]
-    words = [str(model) if word in ("smollm2", "my/model") else word for word in words]
+    words = [str(model) if word in ("smollm2", "my/model", "my/8k-model") else word for word in words]
+    words = [word for word in words if word != "--guard"]  # half a minute; tests/test_guard.py
     stage = words[0]
     if "--lengths" in words:
         start = words.index("--lengths") + 1

@@ -10,6 +10,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from huggingface_hub import ModelCard
 from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
@@ -63,6 +64,8 @@ def pretend_to_be_the_hub(served: Hub, cache: Path, monkeypatch: pytest.MonkeyPa
     }.items():
         monkeypatch.setattr(huggingface_hub.constants, name, value)
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", served.url)
+    if hasattr(transformers.utils.hub, "_hf_api"):  # transformers 5.23 keeps one, 5.10 does not
+        monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
     huggingface_hub.utils._http.close_session()  # it knows whether the network is allowed
