@@ -19,6 +19,7 @@ from transformers import HfArgumentParser
 from . import __version__
 from .demo import DemoArguments, demo
 from .evaluate import EvaluateArguments, evaluate
+from .heads.stage import HeadsArguments, heads
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
 from .report import ReportArguments, markdown_table, overall_rows, report
@@ -70,6 +71,13 @@ STAGES = {
         "answer the same prompts with the base model and adapters, and score them",
         "seal-peft evaluate --model_name_or_path smollm2 --adapters runs/my/adapter --test_file runs/my/test.jsonl "
         "--output_dir runs/my/eval",
+    ),
+    "heads": Stage(
+        heads,
+        (HeadsArguments,),
+        "score every attention head, beside the scales that an adapter learned",
+        "seal-peft heads --model_name_or_path smollm2 --test_file runs/my/test.jsonl --adapter runs/my/adapter "
+        "--output_dir runs/my/heads",
     ),
     "report": Stage(
         report,

@@ -1,4 +1,4 @@
-"""Where in the tokens of a sample its facts stand: the accepted answers in what the model says, the needle before it."""
+"""Where in the tokens of a sample its facts stand: the answers in what the model is to say, the needle before."""
 
 from __future__ import annotations
 

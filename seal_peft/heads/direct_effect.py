@@ -1,7 +1,7 @@
 """Direct effect: what every head and every MLP writes on the answer token's logit, at the position that predicts it.
 
-The stream that the last norm reads is a sum of what the layers wrote. With the norms' scales frozen at their values, the
-logit is linear in it, so every part has its share, and the shares sum to the logit.
+The stream that the last norm reads is a sum of what the layers wrote. With the norms' scales frozen at their values,
+the logit is linear in it, so every part has its share, and the shares sum to the logit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from tqdm.auto import tqdm
 from .inputs import EncodedSample
 from .layers import Heads, scoring
 from .stream import Parts, read_parts
-
 
 # How far the parts may miss a logit, as a share of the sum of their sizes.
 _TOLERANCE, _LOW_PRECISION_TOLERANCE = 1e-4, 2e-2
@@ -111,7 +110,7 @@ def _check_sum(heads: Heads, rounding: Tensor, known: Tensor) -> None:
     if (rounding.abs() > tolerance * known.abs().nansum(1).clamp(min=1.0)).any():
         raise ValueError(
             f"The parts of {type(heads.base).__name__} miss its logits by {rounding.abs().max():.3g}, so their shares "
-            f"would be wrong. Load the model with dtype=float32 if it is not; else its residual stream is none of sums."
+            "would be wrong. Load the model in float32 if it is not; else it adds up in a way that is not known here."
         )
 
 

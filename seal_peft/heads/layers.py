@@ -23,14 +23,14 @@ class HeadLayer(NamedTuple):
     """The heads of one layer.
 
     Attributes:
-        index: Number of the layer in the model, from 0.
+        number: Number of the layer in the model, from 0.
         name: Full name of the attention output projection in the base model, as `seal_peft.scales` names it.
         projection: That module, with the adapters around it. Its input is the concatenated heads.
         attention: The attention module that holds it.
         geometry: How that input splits into heads.
     """
 
-    index: int
+    number: int
     name: str
     projection: nn.Module
     attention: nn.Module
@@ -84,7 +84,12 @@ def find_heads(model: nn.Module, config: SealConfig | None = None) -> Heads:
         )
     config = config or SealConfig()
     targets = config.target_modules or default_target_modules(base, base.config.to_dict())
-    wanted = SealConfig(target_modules=targets, exclude_modules=config.exclude_modules)
+    wanted = SealConfig(
+        target_modules=targets,
+        exclude_modules=config.exclude_modules,
+        num_attention_heads=config.num_attention_heads,
+        head_dim=config.head_dim,
+    )
     layers: list[HeadLayer] = []
     lists: dict[str, nn.ModuleList] = {}
     inside: tuple[str, ...] = ()
@@ -94,12 +99,12 @@ def find_heads(model: nn.Module, config: SealConfig | None = None) -> Heads:
         if isinstance(module, BaseTunerLayer):
             inside += (name + ".",)
         if check_target_module_exists(wanted, name):
-            geometry = geometry_of(config, base, module, name)
+            geometry, _ = geometry_of(wanted, base, module, name)
             index, blocks = _place(base, name)
             lists[blocks] = base.get_submodule(blocks)
             attention = base.get_submodule(name.rpartition(".")[0])
             layers.append(HeadLayer(index, name, module, attention, geometry))
-    if len(lists) != 1 or len({layer.index for layer in layers}) < len(layers):
+    if len(lists) != 1 or len({layer.number for layer in layers}) < len(layers):
         found = ", ".join(layer.name for layer in layers) or "nothing"
         raise ValueError(
             f"Heads are mapped for models with one stack of layers and one attention output projection in each; in "
@@ -134,12 +139,12 @@ def parse_head(name: str, heads: Heads) -> tuple[int, int]:
     """
     match = re.fullmatch(r"L(\d+)H(\d+)", name)
     for position, layer in enumerate(heads.layers if match else ()):
-        if match and layer.index == int(match[1]) and int(match[2]) < layer.geometry.num_heads:
+        if match and layer.number == int(match[1]) and int(match[2]) < layer.geometry.num_heads:
             return position, int(match[2])
     last = heads.layers[-1]
     raise ValueError(
         f"The model has no head {name!r}. Heads are named by layer and head, both from 0, up to "
-        f"{head_name(last.index, last.geometry.num_heads - 1)}."
+        f"{head_name(last.number, last.geometry.num_heads - 1)}."
     )
 
 

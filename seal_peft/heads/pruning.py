@@ -1,12 +1,13 @@
-"""Pruning: what the answer loses or gains when one head, or one channel of a head, is taken out. Exact and affordable.
+"""Pruning: what the answer loses or gains when one head, or one channel of a head, is taken out.
 
-Source: "SEAL: Scaling to Emphasize Attention for Long-Context Retrieval", ACL 2025, arXiv 2501.15225, figures 2b and 2c.
+Source: "SEAL: Scaling to Emphasize Attention for Long-Context Retrieval", ACL 2025, arXiv 2501.15225, figures 2b, 2c.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -39,11 +40,11 @@ class Pruned(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """Channels `start` to `stop` of the concatenated heads of a layer, and where their result goes."""
+    """Channels `start` to `stop` of the concatenated heads of a layer, and the index of their result."""
 
     start: int
     stop: int
-    place: tuple[int, ...]
+    place: int
 
 
 def pruning_map(
@@ -67,7 +68,9 @@ def pruning_map(
     parts: list[list[_Part]] = []
     for position, layer in enumerate(heads.layers):
         size = layer.geometry.head_dim
-        parts.append([_Part(h * size, (h + 1) * size, (position, h)) for h in range(layer.geometry.num_heads)])
+        parts.append(
+            [_Part(h * size, (h + 1) * size, position * heads.shape[1] + h) for h in range(layer.geometry.num_heads)]
+        )
     results = torch.full((3, len(rows), *heads.shape), torch.nan)
     return _prune(heads, rows, parts, ablation, batch_tokens, results)
 
@@ -92,7 +95,7 @@ def prune_channels(
     """
     size = heads.layers[layer].geometry.head_dim
     parts: list[list[_Part]] = [[] for _ in heads.layers]
-    parts[layer] = [_Part(head * size + c, head * size + c + 1, (c,)) for c in range(size)]
+    parts[layer] = [_Part(head * size + c, head * size + c + 1, c) for c in range(size)]
     return _prune(heads, rows, parts, ablation, batch_tokens, torch.full((3, len(rows), size), torch.nan))
 
 
@@ -106,10 +109,12 @@ def _prune(
 ) -> Pruned:
     if ablation not in ("zero", "mean"):
         raise ValueError(f"ablation={ablation!r} was given; use 'zero' or 'mean'.")
-    base = torch.empty(3, len(rows))
+    base, flat = torch.empty(3, len(rows)), results.view(3, len(rows), -1)
     total = len(rows) * sum(map(len, parts))
     with scoring(heads), torch.inference_mode(), tqdm(total=total, desc="Pruning", unit="head", delay=1.0) as progress:
-        fill = head_means(heads, rows) if ablation == "mean" else [None] * len(heads.layers)
+        fill: Sequence[Tensor | None] = [None] * len(heads.layers)
+        if ablation == "mean":
+            fill = head_means(heads, rows)
         for group in group_by_beginning(heads, rows):
             read = read_samples_once(heads, [rows[index] for index in group])
             base[:, group] = torch.stack(read.base).cpu()
@@ -117,13 +122,12 @@ def _prune(
             for layer, own in enumerate(parts):
                 for start in range(0, len(own), several):
                     chunk = own[start : start + several]
-                    scores = read.run(layer, len(chunk), lambda z, c=chunk, f=fill[layer]: _take_out(z, c, f))
+                    scores = read.run(layer, len(chunk), partial(_take_out, parts=chunk, fill=fill[layer]))
                     for part, after in zip(chunk, torch.stack(scores, dim=-1).cpu(), strict=True):
-                        for index, values in zip(group, after, strict=True):
-                            results[(slice(None), index, *part.place)] = values
+                        flat[:, group, part.place] = after.T
                     progress.update(len(chunk) * len(group))
-    before = base.reshape(3, len(rows), *[1] * (results.dim() - 2))
-    return Pruned(*(results - before), AnswerScore(*base))
+    logprob, tokens, exact = results - base.reshape(3, len(rows), *[1] * (results.dim() - 2))
+    return Pruned(logprob, tokens, exact, AnswerScore(*base))
 
 
 def _take_out(z: Tensor, parts: Sequence[_Part], fill: Tensor | None) -> Tensor:

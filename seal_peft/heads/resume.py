@@ -122,7 +122,10 @@ class _Shared:
         width = max(map(len, ends))
         # Padding stands behind the end, where nothing that counts sees it; before it, it would fill sliding windows.
         self._ends = torch.tensor([end + [0] * (width - len(end)) for end in ends], device=heads.base.device)
-        labels = [row.labels[len(start) + 1 :] + [IGNORED] * (width - len(end) + 1) for row, end in zip(rows, ends, strict=True)]
+        labels = [
+            row.labels[len(start) + 1 :] + [IGNORED] * (width - len(end) + 1)
+            for row, end in zip(rows, ends, strict=True)
+        ]
         first = min(row.first - len(start) for row in rows)
         self._labels = torch.tensor(labels, device=heads.base.device)[:, first:]
         with _recording(heads.blocks) as self._start_record:
@@ -138,7 +141,7 @@ class _Shared:
         with _editing(self._heads.layers[layer].projection, edit_all):
             with _starting(self._heads, layer, self._start_record):
                 cache = self._read(variants)
-            for index in range(self._heads.layers[layer].index):
+            for index in range(self._heads.layers[layer].number):
                 cache.layers[index] = self._cache.layers[index]
             with _starting(self._heads, layer, self._end_record):
                 return self._finish(cache, variants)
@@ -153,7 +156,8 @@ class _Shared:
     def _finish(self, read: DynamicCache, variants: int) -> AnswerScore:
         """Read the ends of all samples behind the cached beginning of every variant."""
         cache = DynamicCache()
-        for index, layer in enumerate(read.layers):
+        read_layers: Any = read.layers
+        for index, layer in enumerate(read_layers):
             # Below the layer in question there is one row for all variants.
             keys, values = (
                 part.expand(variants, -1, -1, -1).repeat_interleave(self._samples, dim=0)
@@ -206,7 +210,7 @@ def _editing(projection: nn.Module, edit: Edit) -> Iterator[None]:
 @contextmanager
 def _starting(heads: Heads, layer: int, record: _Record) -> Iterator[None]:
     """Let the model's layers below `layer` do nothing, and what was recorded enter it, once for every variant."""
-    index = heads.layers[layer].index
+    index = heads.layers[layer].number
     below = list(heads.blocks)[:index]
     own = [block.__dict__.get("forward") for block in below]  # accelerate puts its hooks there
 

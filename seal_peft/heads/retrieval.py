@@ -44,12 +44,7 @@ def retrieval_map(heads: Heads, rows: Sequence[EncodedSample]) -> Retrieval:
     Raises:
         ValueError: A sample has no needle, or the model's attention is not the softmax that this score reads.
     """
-    for row in rows:
-        if not row.needle:
-            raise ValueError(
-                f"Sample {row.id!r} has no needle: its prompt spells none of its answers, so the retrieval score has no "
-                "meaning for it. Leave the score out, or use a task whose answer stands in the context."
-            )
+    check_needles(rows)
     copy, mass = heads.empty(len(rows)), heads.empty(len(rows))
     with scoring(heads), torch.inference_mode():
         for number, row in enumerate(tqdm(rows, desc="Retrieval", unit="sample", delay=1.0)):
@@ -59,6 +54,16 @@ def retrieval_map(heads: Heads, rows: Sequence[EncodedSample]) -> Retrieval:
                 width = own.shape[0]
                 copy[number, layer, :width], mass[number, layer, :width] = _score(own, row, needle)
     return Retrieval(copy, mass)
+
+
+def check_needles(rows: Sequence[EncodedSample]) -> None:
+    """Raise a ValueError if the answer of a sample stands nowhere in its prompt."""
+    for row in rows:
+        if not row.needle:
+            raise ValueError(
+                f"Sample {row.id!r} has no needle: its prompt spells none of its answers, so the retrieval score has "
+                "no meaning for it. Leave the score out, or use a task whose answer stands in the context."
+            )
 
 
 def _score(weights: Tensor, row: EncodedSample, needle: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,9 +119,7 @@ def attention_rows(heads: Heads, row: EncodedSample) -> list[Tensor]:
 def _weights(
     module: Any, query: Tensor, key: Tensor, mask: Any, places: Sequence[int], kwargs: dict[str, Any]
 ) -> Tensor:
-    """Softmax rows of some queries `(1, heads, rows, head_dim)`, as every attention function of transformers defines
-    them: scaled, capped, masked, with a sink or without.
-    """
+    """Softmax rows of some queries `(1, heads, rows, head_dim)`: scaled, capped, masked, with or without a sink."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scaling = kwargs.get("scaling")
     logits = (query.float() @ key.float().transpose(-1, -2)) * (
@@ -146,6 +149,6 @@ def _check_same(own: Tensor, models: Tensor, heads: Heads, module: Any) -> None:
     if own.shape != models.shape or (own - models.float()).abs().amax() > tolerance * scale:
         raise ValueError(
             f"The attention of {type(module).__name__} in {type(heads.base).__name__} is not the softmax of scaled "
-            "products of queries and keys that the retrieval score reads, so its weights would be wrong. Load the model "
-            "with another attn_implementation, such as 'sdpa' or 'eager', or leave this score out."
+            "products of queries and keys that the retrieval score reads, so its weights would be wrong. Load the "
+            "model with another attn_implementation, such as 'sdpa' or 'eager', or leave this score out."
         )

@@ -1,7 +1,7 @@
 """Take the residual stream apart: what embedding, heads and MLPs wrote into it, as the head module reads it.
 
-How a layer adds up (post-norms, multipliers, parallel branches) is found by comparing what its modules put out with what
-the layer adds to the stream. A model that adds up in another way is refused by name.
+How a layer adds up (post-norms, multipliers, parallel branches) is found by comparing what its modules put out with
+what the layer adds to the stream. A model that adds up in another way is refused by name.
 """
 
 from __future__ import annotations
@@ -123,11 +123,9 @@ def _run(heads: Heads, input_ids: Sequence[int]) -> tuple[dict[int, _Call], list
     return calls, head_inputs
 
 
-def _split_block(
-    heads: Heads, layer: HeadLayer, calls: dict[int, _Call], z: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _split_block(heads: Heads, layer: HeadLayer, calls: dict[int, _Call], z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return what the heads, the MLP and the biases of a layer add to the stream."""
-    block = heads.blocks[layer.index]
+    block = heads.blocks[layer.number]
     by_head, bias = _through_projection(layer, z)
     attention = calls[id(layer.attention)].output
     added = attention
@@ -144,11 +142,11 @@ def _split_block(
     for child in children:
         if _is_close(heads, rest, multiplier * calls[id(child)].output, sizes):
             return multiplier * by_head, multiplier * calls[id(child)].output, multiplier * bias
-    raise _refusal(heads, f"layer {layer.index} adds something else than attention and the output of one more module")
+    raise _refusal(heads, f"layer {layer.number} adds something else than attention and the output of one more module")
 
 
 def _through_projection(layer: HeadLayer, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Send every head through the output projection alone, adapters included; what comes out of nothing is the bias."""
+    """Send each head alone through the output projection with its adapters; what nothing gives is the bias."""
     heads, size = layer.geometry
     alone = torch.zeros(heads + 1, heads, size, device=z.device, dtype=z.dtype)
     alone[range(heads), range(heads)] = z.view(heads, size)
@@ -196,6 +194,6 @@ def _check_close(heads: Heads, a: Tensor, b: Tensor, why: str) -> None:
 
 def _refusal(heads: Heads, why: str) -> ValueError:
     return ValueError(
-        f"The direct effect has no meaning for {type(heads.base).__name__}: {why}, so its parts do not sum to the logit. "
-        "Leave this score out; the others do not need it."
+        f"The direct effect has no meaning for {type(heads.base).__name__}: {why}, so its parts do not sum to the "
+        "logit. Leave this score out; the others do not need it."
     )
