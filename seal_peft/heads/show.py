@@ -10,23 +10,23 @@ _SHOWN = 5
 
 
 def show(comparison: Mapping[str, Any], folder: Path) -> list[str]:
-    """Return lines of Markdown tables.
+    """Return lines of Markdown tables, of the longest length; the file has them all.
 
     Args:
         comparison: What `compare` returned.
         folder: Where the files are.
     """
-    lines = ["| map | greatest | least |", "| --- | --- | --- |"]
-    for name in comparison["top"]:
-        ends = [
-            ", ".join(f"{head} {value:+.3g}" for head, value in comparison[end][name][:_SHOWN])
-            for end in ("top", "bottom")
-        ]
-        lines.append(f"| {name} | {ends[0]} | {ends[1]} |")
-    for length, pairs in comparison["rank_correlations"].items():
-        lines += ["", f"Rank correlations at {length} tokens:", "", "| |" + "".join(f" {name} |" for name in pairs)]
-        lines.append("|" + " --- |" * (len(pairs) + 1))
-        for name, own in pairs.items():
-            cells = ("" if own.get(other) is None else f"{own[other]:+.2f}" for other in pairs)
-            lines.append(f"| {name} |" + "".join(f" {cell} |" for cell in cells))
-    return [*lines, "", f"All heads: {folder / 'heads.json'}"]
+    longest = max(comparison["rank_correlations"], key=int)
+    lines = [f"| at {longest} tokens | greatest | least |", "| --- | --- | --- |"]
+    for column in comparison["top"]:
+        name, _, length = column.partition("@")
+        if length in ("", longest):
+            ends = (comparison[end][column][:_SHOWN] for end in ("top", "bottom"))
+            cells = (", ".join(f"{head} {value:+.3g}" for head, value in end) for end in ends)
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    pairs = comparison["rank_correlations"][longest]
+    lines += ["", "| rank correlations | " + " | ".join(pairs) + " |", "|" + " --- |" * (len(pairs) + 1)]
+    for name, own in pairs.items():
+        cells = ("" if own.get(other) is None else f"{own[other]:+.2f}" for other in pairs)
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, "", f"All heads and lengths: {folder / 'heads.json'}"]

@@ -197,10 +197,11 @@ def _settings(arguments: HeadsArguments, name: str) -> dict[str, Any]:
         "direct_effect": [],
     }[name]
     given = asdict(arguments)
+    uses_adapter = arguments.apply_adapter or name == "direct_effect"
     shared = ["measure", "apply_adapter", "attn_implementation"]
     return {
         "model": identity(locate_model(arguments.model_name_or_path)),
-        "adapter": arguments.adapter and identity(arguments.adapter),
+        "adapter": arguments.adapter and uses_adapter and identity(arguments.adapter),
         "samples": hashlib.sha256(Path(arguments.test_file).read_bytes()).hexdigest(),
         "dtype": str(pick_dtype(arguments.dtype)),
         "device": pick_device().type,
