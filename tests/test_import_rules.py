@@ -78,7 +78,7 @@ def test_tasks_are_plain_python():
 
 def test_data_knows_tasks_but_no_method():
     forbidden = {"tuner", "context", "heads", "train", "evaluate", "report", "hub", "cli", "demo", "merge"}
-    for module in [*modules_of("data"), *modules_of("tokens")]:
+    for module in [*modules_of("data"), *modules_of("tokens"), *modules_of("spans")]:
         assert not {room(name) for name in ours(module)} & forbidden, module
 
 

@@ -39,7 +39,7 @@ def draw_maps(maps: Mapping[str, Mapping[int, Tensor]], heads: Heads, path: Path
         limits = (0.0, reach) if centre is None else (centre - reach, centre + reach)
         colours = "viridis" if centre is None else "RdBu_r"
         for axes, (length, values) in zip(row, by_length.items(), strict=False):
-            image = axes.imshow(values, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
+            image = axes.imshow(values.tolist(), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
             axes.set_title(f"{title}, {length:,} tokens" if length else title, fontsize=10)
             axes.set(xlabel="head", ylabel="layer")
             step = max(1, layers // 16)
@@ -69,7 +69,7 @@ def draw_quadrants(maps: Mapping[int, Tensor], found: Tensor, heads: Heads, path
         chosen = found == number
         if chosen.any():
             label = f"Q{number}: {int(chosen.sum())} heads" if number else None
-            axes.scatter(x[chosen], y[chosen], s=14, color=_QUADRANT_COLOURS[number], label=label, alpha=0.8)
+            axes.scatter(x[chosen].tolist(), y[chosen].tolist(), s=14, color=_QUADRANT_COLOURS[number], label=label, alpha=0.8)
     distance = (x.square() + y.square()).nan_to_num(nan=-1.0).flatten()
     for i in distance.argsort(descending=True)[:_LABELLED].tolist():
         layer, head = divmod(i, x.shape[1])
@@ -97,8 +97,8 @@ def draw_channels(channels: Mapping[str, Mapping[str, Tensor]], path: Path) -> P
     figure = new_figure(9, 0.6 + 2.2 * len(channels))
     for axes, (name, own) in zip(figure.subplots(len(channels), squeeze=False)[:, 0], channels.items(), strict=True):
         places = range(len(own["pruning"]))
-        axes.bar(places, own["pruning"], color="#0072B2", label="pruned")
-        axes.plot(places, own["gradient"], ".", color="#D55E00", label="by gradient")
+        axes.bar(places, own["pruning"].tolist(), color="#0072B2", label="pruned")
+        axes.plot(places, own["gradient"].tolist(), ".", color="#D55E00", label="by gradient")
         axes.axhline(0, color="#999999", linewidth=0.8)
         axes.set_title(f"{name}: change of the answer's log-probability by channel", fontsize=10)
         axes.set_xlabel("channel")

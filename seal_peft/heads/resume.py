@@ -96,7 +96,7 @@ class _Single:
         self._heads = heads
         self._batch, self._labels = collate([row], heads.base.device)
         self.cost = len(row.input_ids)
-        with _recording(heads.blocks) as self._record:
+        with _recording(heads) as self._record:
             self.base = score_logits(_logits(heads, self._batch), self._labels)
 
     def run(self, layer: int, variants: int, edit: Edit) -> AnswerScore:
@@ -128,9 +128,9 @@ class _Shared:
         ]
         first = min(row.first - len(start) for row in rows)
         self._labels = torch.tensor(labels, device=heads.base.device)[:, first:]
-        with _recording(heads.blocks) as self._start_record:
+        with _recording(heads) as self._start_record:
             self._cache = self._read(1)
-        with _recording(heads.blocks) as self._end_record:
+        with _recording(heads) as self._end_record:
             self.base = AnswerScore(*(value[0] for value in self._finish(self._cache, 1)))
 
     def run(self, layer: int, variants: int, edit: Edit) -> AnswerScore:
@@ -182,19 +182,24 @@ class _Record(NamedTuple):
 
 
 @contextmanager
-def _recording(blocks: nn.ModuleList) -> Iterator[_Record]:
+def _recording(heads: Heads) -> Iterator[_Record]:
     record = _Record([], [])
 
     def keep(block: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         record.inputs.append(args[0] if args else kwargs["hidden_states"])
         record.returned.append(len(output) if isinstance(output, tuple) else 0)
 
-    handles = [block.register_forward_hook(keep, with_kwargs=True) for block in blocks]
+    handles = [block.register_forward_hook(keep, with_kwargs=True) for block in heads.blocks]
     try:
         yield record
     finally:
         for handle in handles:
             handle.remove()
+    if any(hidden.dim() != 3 for hidden in record.inputs):
+        raise ValueError(
+            f"The layers of {type(heads.base).__name__} hand on {tuple(record.inputs[0].shape)}, not (batch, tokens, "
+            "hidden), so the model cannot be run from one of them on. Use the gradient map in place of pruning."
+        )
 
 
 @contextmanager

@@ -165,7 +165,7 @@ def _last_norm(heads: Heads, calls: dict[int, _Call]) -> nn.Module:
 
 def _freeze(heads: Heads, norm: nn.Module, call: _Call) -> _Frozen:
     """Find by a few probes what a norm is when its scale is frozen, whatever its class."""
-    probe: Callable[[Tensor], Tensor] = copy.deepcopy(norm).float()
+    probe: Callable[[Tensor], Tensor] = copy.deepcopy(norm).float().forward  # past any hooks
     ones = torch.ones_like(call.input)
     bias = probe(torch.zeros_like(ones))
     centred = torch.allclose(probe(ones), bias, atol=1e-5)
