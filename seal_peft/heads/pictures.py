@@ -68,19 +68,21 @@ def draw_quadrants(maps: Mapping[int, Tensor], found: Tensor, heads: Heads, path
     for number in (0, 2, 4, 3, 1):
         chosen = found == number
         if chosen.any():
-            label = f"Q{number}: {int(chosen.sum())} heads" if number else None
-            axes.scatter(x[chosen].tolist(), y[chosen].tolist(), s=14, color=_QUADRANT_COLOURS[number], label=label, alpha=0.8)
+            label = f"Q{number}: {int(chosen.sum())}" if number else None
+            places = x[chosen].tolist(), y[chosen].tolist()
+            axes.scatter(*places, s=14, color=_QUADRANT_COLOURS[number], label=label, alpha=0.8)
     distance = (x.square() + y.square()).nan_to_num(nan=-1.0).flatten()
     for i in distance.argsort(descending=True)[:_LABELLED].tolist():
         layer, head = divmod(i, x.shape[1])
         place = (x[layer, head].item(), y[layer, head].item())
         name = head_name(heads.layers[layer].number, head)
         axes.annotate(name, place, xytext=(4, 3), textcoords="offset points", fontsize=7)
+    axes.margins(0.1)
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.axvline(0, color="#999999", linewidth=0.8)
     axes.set(xlabel=f"change at {shorter:,} tokens", ylabel=f"change at {longer:,} tokens")
     axes.set_title("Log-probability of the answer when a head is pruned\nabove 0: pruning helps", fontsize=10)
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=8, frameon=False, title="heads")
     return _save(figure, path)
 
 
