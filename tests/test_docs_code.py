@@ -56,12 +56,13 @@ def test_the_quickstart_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/concepts.md"])
+@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/concepts.md", "docs/heads.md"])
 def test_the_code_of_the_page_runs(page, tmp_path, monkeypatch):
     assert run(page, {}, tmp_path, monkeypatch)
 
 
 def test_every_page_with_code_is_run():
-    covered = {"README.md", "docs/adapters.md", "docs/quickstart.md", "docs/concepts.md", "docs/tasks.md"}
+    names = ("adapters", "concepts", "heads", "quickstart", "tasks")
+    covered = {"README.md", *(f"docs/{name}.md" for name in names)}
     pages = ["README.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
     assert {page for page in pages if blocks(page)} <= covered
