@@ -60,6 +60,10 @@ class TrainArguments:
         default_factory=lambda: ["output"],
         metadata={"help": "What is scaled: the `output` of each head, its `query` (a temperature), or both."},
     )
+    target_heads: list[str] | None = field(
+        default=None,
+        metadata={"help": "Heads that get a scale, such as L14H7; `seal-peft heads` names them. Default: all."},
+    )
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Layers to adapt. Default: all."})
     recipe: str = field(default="default", metadata={"help": f"Named settings: {', '.join(RECIPES)}. Flags win."})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
@@ -126,6 +130,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         task_type="CAUSAL_LM",
         granularity=arguments.granularity if "output" in arguments.sites else "head",
         sites=check_sites(arguments.sites),
+        target_heads=arguments.target_heads,
         layers_to_transform=arguments.layers_to_transform,
     )
     pick_dtype(arguments.dtype)

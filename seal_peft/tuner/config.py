@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,8 @@ class SealConfig(PeftConfig):
         query_modules: Modules whose output is the query, as name suffixes or one regular expression: a projection, or
             the norm of queries where the model has one. `None` finds them beside the output projections.
         exclude_modules: Modules to leave out, as name suffixes or one regular expression.
+        target_heads: Heads that get a scale, named by layer and head from 0, such as `["L14H7", "L20H1"]`; all others
+            stay exactly 1, and layers without any are left alone. `None` scales all heads.
         layers_to_transform: Indices of the layers to adapt. `None` adapts all.
         layers_pattern: Name of the layer list, if `layers_to_transform` is given and the name is unusual.
         modules_to_save: Modules apart from the scales that are trained and saved in full.
@@ -81,6 +84,9 @@ class SealConfig(PeftConfig):
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave out: name suffixes or one regex."}
+    )
+    target_heads: list[str] | None = field(
+        default=None, metadata={"help": "Heads that get a scale, such as L14H7 (layer 14, head 7). None: all."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt. None: all."}
@@ -118,6 +124,7 @@ class SealConfig(PeftConfig):
                 "'channel' (one per channel of every head)."
             )
         self._check_sites()
+        self._check_target_heads()
         for name in ("num_attention_heads", "head_dim"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -149,6 +156,18 @@ class SealConfig(PeftConfig):
                 "granularity='channel' is of no use for sites=('query',), which has one scale per head. Use "
                 "granularity='head', or add the output site."
             )
+
+    def _check_target_heads(self) -> None:
+        names = self.target_heads
+        if names is None:
+            return
+        valid = not isinstance(names, str) and all(re.fullmatch(r"L(0|[1-9]\d*)H(0|[1-9]\d*)", str(n)) for n in names)
+        if not valid or not names or len(set(names)) < len(names):
+            raise ValueError(
+                f"target_heads={names!r} is not allowed. Use a list of different heads such as ['L14H7', 'L20H1'] "
+                "(layer 14, head 7, both from 0), or None for all."
+            )
+        self.target_heads = list(names)
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config, and name the import that loading needs in the model card beside it, if there is one.

@@ -17,37 +17,12 @@ from .beside import check_all_names, check_can_merge, check_names, merged_produc
 from .config import SealConfig, Site
 from .geometry import HeadGeometry
 from .kept import KeptScale
+from .offset import ScaleOffset
 from .quantized import check_gradients_flow, merge_quantized, restore_snapshot, take_snapshot
 from .scale import apply_scale
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
 _RANDOM_INIT_STD = 0.1
-
-
-class ScaleOffset(nn.Module):
-    """The learned numbers of one adapter in one layer: `weight = scale - 1`.
-
-    Zero is the identity, so weight decay, missing keys and zero filling all mean "unchanged", and small changes
-    survive rounding. A module of its own with a `.weight` is what FSDP's wrap policy looks for.
-    """
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Take a parameter, unless it is broken: transformers' `load_adapter` assigns what it read without a check."""
-        if type(param) is nn.Parameter and not param.is_meta and not torch.isfinite(param).all():
-            raise ValueError(
-                "The adapter holds NaN or infinite scales. Its file is broken or its training diverged; do not use it."
-            )
-        super().register_parameter(name, param)
-
-    def forward(self, alpha: float) -> Tensor:
-        """Return the scale `1 + alpha * weight` in fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`."""
-        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
-        scale = 1 + alpha * weight
-        return scale.unsqueeze(-1) if scale.dim() == 1 else scale
 
 
 class Snapshot(NamedTuple):

@@ -16,6 +16,7 @@ from ..context.rope import rope_switch
 from . import joint, positions
 from .adapters import check_weighted, weighted_config, write_weighted_sum
 from .beside import check_free_name, seal_inside, surround, tuner_layers
+from .chosen import keep_chosen
 from .config import SealConfig, Site, check_sites
 from .geometry import TARGET_MODULES, default_target_modules, is_linear
 from .layer import Linear, SealLayer
@@ -79,6 +80,7 @@ class SealModel(BaseTuner):
         seal = seal_inside(target)
         if seal is not None:
             seal.update_layer(adapter_name, peft_config)
+            keep_chosen(seal, adapter_name, peft_config, current_key)
             return
         geometry, layout = geometry_of(peft_config, self.model, target, current_key)
         around: list[Any] = tuner_layers(target)
@@ -91,6 +93,7 @@ class SealModel(BaseTuner):
         else:
             query_class = QueryLinear if is_linear(target) else QueryNorm
             new_module = query_class(target, adapter_name, peft_config, geometry, layout, **kwargs)
+        keep_chosen(new_module, adapter_name, peft_config, current_key)
         new_module.model_configs = self.peft_config
         wrapped = next((layer for layer in self.model.modules() if isinstance(layer, SealLayer)), None)
         if wrapped is not None and wrapped.disable_adapters:
