@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -42,11 +45,29 @@ QUADRANTS = ("Q1=0.9", "Q3=0.9", "Q1=0.9,Q3=1.1")
 RATES = {"head": 3e-2, "channel": 2e-2}
 
 
+def lines(model: str, split: str, lengths: list[int], count: int, seed: int = 0) -> list[Sample]:
+    """Make samples of line retrieval, each length in parts by as many processes as there are cores."""
+    processes = os.cpu_count() or 1
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        jobs = [
+            pool.submit(_lines, model, split, length, len(range(part, count, processes)), 1000 * seed + part)
+            for length in lengths
+            for part in range(min(processes, count))
+        ]
+        return [sample for job in jobs for sample in job.result()]
+
+
+def _lines(model: str, split: str, length: int, count: int, seed: int) -> list[Sample]:
+    made = make_samples(
+        "lines", tokenizer=load_tokenizer(model), split=split, lengths=[length], num_samples=count, seed=seed
+    )
+    return [replace(sample, id=f"{sample.id}-{seed}") for sample in made]
+
+
 def samples_of(options: argparse.Namespace, length: int, contexts: int, split: str = "train") -> list[Sample]:
     """Make `num_samples` samples of one length that share so many contexts, their questions spread over the depths."""
-    tokenizer = load_tokenizer(options.model)
     per_context = options.num_samples // contexts
-    first = make_samples("lines", tokenizer=tokenizer, split=split, lengths=[length], num_samples=contexts)
+    first = lines(options.model, split, [length], contexts)
     made = []
     for number, sample in enumerate(first):
         for question in range(per_context):
@@ -102,14 +123,7 @@ def train_adapter(options: argparse.Namespace, granularity: Any, rate: float, fo
     """Train one adapter on lines of mixed lengths."""
     file = options.output_dir / "train.jsonl"
     if not file.is_file():
-        made = make_samples(
-            "lines",
-            tokenizer=load_tokenizer(options.model),
-            split="train",
-            lengths=options.train_lengths,
-            num_samples=options.num_train_samples,
-            seed=1,
-        )
+        made = lines(options.model, "train", options.train_lengths, options.num_train_samples, seed=1)
         random.Random(0).shuffle(made)
         write_samples(file, [replace(sample, id=f"train-{i}") for i, sample in enumerate(made)])
     settings = SealTrainingArguments(
@@ -145,7 +159,8 @@ def speed(options: argparse.Namespace) -> dict[str, Any]:
         result[str(length)] = speed_of(options, find_heads(load_model(options.model, options.dtype)), rows)
         result[str(length)]["equality"] = {
             dtype: equality(find_heads(load_model(options.model, dtype)), rows, options.check_heads)
-            for dtype in dict.fromkeys((options.dtype, "float32"))
+            # In float32 the maps take minutes at great lengths.
+            for dtype in dict.fromkeys((options.dtype, *(["float32"] if length == min(options.lengths) else [])))
         }
     return result
 
@@ -202,31 +217,29 @@ def equality(heads: Heads, rows: dict[str, list[EncodedSample]], count: int) -> 
     found: dict[str, Any] = {}
     for name, own in rows.items():
         mapped = pruning_map(heads, own).logprob.flatten(1)[:, places]
-        alone, twice = (torch.stack([naive_value(heads, own, p, n) for p in places], dim=1) for n in (1, 2))
-        found[name] = {
-            "heads": count,
-            "mean": (mapped - alone).mean(0).abs().max().item(),
-            "sample": (mapped - alone).abs().max().item(),
-            "noise": {
-                "mean": (twice - alone).mean(0).abs().max().item(),
-                "sample": (twice - alone).abs().max().item(),
-            },
-        }
+        alone, twice = (naive_values(heads, own, places, copies) for copies in (1, 2))
+        found[name] = {"heads": count, **largest(mapped - alone), "noise": largest(twice - alone)}
+        print(f"{name}, {heads.base.dtype}: {found[name]}", flush=True)
     return found
 
 
-def naive_value(heads: Heads, rows: list[EncodedSample], place: int, repeat: int) -> torch.Tensor:
-    """Change of the log-probability of each sample without one head, by two full passes."""
-    layer, head = divmod(place, heads.shape[1])
-    changes = []
+def largest(difference: torch.Tensor) -> dict[str, float]:
+    """Largest difference of means over samples, and of single samples."""
+    return {"mean": difference.mean(0).abs().max().item(), "sample": difference.abs().max().item()}
+
+
+def naive_values(heads: Heads, rows: list[EncodedSample], places: list[int], copies: int) -> torch.Tensor:
+    """Change of the log-probability without some heads, `(samples, heads)`, a full pass for every value."""
+    values = []
     with scoring(heads), torch.inference_mode():
         for row in rows:
-            batch, labels = collate([row] * repeat, heads.base.device)
+            batch, labels = collate([row] * copies, heads.base.device)
             before = score_logits(heads.model(**batch).logits, labels).logprob[0]
-            with without_head(heads, layer, head):
-                after = score_logits(heads.model(**batch).logits, labels).logprob[0]
-            changes.append((after - before).item())
-    return torch.tensor(changes)
+            for place in places:
+                with without_head(heads, *divmod(place, heads.shape[1])):
+                    after = score_logits(heads.model(**batch).logits, labels).logprob[0]
+                values.append((after - before).item())
+    return torch.tensor(values).view(len(rows), len(places))
 
 
 # --- quadrants -----------------------------------------------------------------------------------------------------
@@ -235,14 +248,7 @@ def naive_value(heads: Heads, rows: list[EncodedSample], place: int, repeat: int
 def quadrants(options: argparse.Namespace) -> dict[str, Any]:
     """Evaluate base, quadrant adapters and trained adapters on held-out samples: accuracy and log-probability."""
     folder: Path = options.output_dir
-    made = make_samples(
-        "lines",
-        tokenizer=load_tokenizer(options.model),
-        split="test",
-        lengths=options.lengths,
-        num_samples=options.num_test_samples,
-        depths=[(i + 0.5) / 10 for i in range(10)],
-    )
+    made = lines(options.model, "test", options.lengths, options.num_test_samples)
     write_samples(folder / "test.jsonl", made)
     adapters = {path.name: path for path in sorted((folder / "heads-head" / "quadrants").iterdir())}
     adapters |= {f"seal-{granularity}": folder / f"seal-{granularity}" for granularity in RATES}

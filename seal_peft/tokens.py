@@ -50,7 +50,7 @@ def encode_question(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple
     Returns:
         Token ids of both; together they are the `input_ids` of `encode_training`.
     """
-    *before, answer = _pieces(sample, tokenizer)
+    *before, answer = cut_pieces(sample, tokenizer)
     return _encode(before, tokenizer)[0], _continuation_ids(before[-1].text, answer.text, tokenizer)
 
 

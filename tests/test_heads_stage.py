@@ -193,3 +193,16 @@ def test_an_adapter_of_another_method_has_no_scales_to_show(
     lora.save_pretrained(tmp_path / "lora")
     assert run(house, "--adapter", tmp_path / "lora", out="lora") == 1
     assert "is no SEAL adapter" in error_of(capsys)
+
+
+def test_an_adapter_that_extends_the_window_extends_it_where_it_is_applied(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model", max_position_embeddings=450)
+    write_samples(tmp_path / "samples.jsonl", read_samples(house / "samples.jsonl"))
+    config = SealConfig(task_type="CAUSAL_LM", rope_parameters={"rope_type": "linear", "factor": 2.0})
+    save_adapter(get_peft_model(load_model(str(tmp_path / "model"), "float32"), config), tmp_path / "long")
+    words = ["--scores", "gradient", "--sites", "output", "--adapter", tmp_path / "long"]
+    assert run(tmp_path, *words) == 1
+    assert "the window of this model is 450 tokens" in error_of(capsys)
+    assert run(tmp_path, *words, "--apply_adapter") == 0

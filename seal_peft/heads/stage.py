@@ -34,6 +34,7 @@ from ..loading import (
 )
 from ..plots import new_figure
 from ..predictions import fingerprint, identity
+from ..reach import reach
 from ..tasks import Sample, get_task
 from ..tuner import SealConfig, scales
 from .generate import generation_without
@@ -112,11 +113,10 @@ def heads(arguments: HeadsArguments) -> str:
     samples = _check(arguments)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     encoded = encode_samples(samples, tokenizer, arguments.measure)
-    check_window(load_config(arguments.model_name_or_path), max(len(row.input_ids) for row in encoded))
     if "retrieval" in arguments.scores:
         check_needles(encoded)
     by_length = {n: [row for row in encoded if row.length == n] for n in sorted({row.length for row in encoded})}
-    _check_model(arguments)
+    _check_model(arguments, longest=max(len(row.input_ids) for row in encoded))
 
     folder = Path(arguments.output_dir)
     model = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
@@ -174,14 +174,16 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
     return samples
 
 
-def _check_model(arguments: HeadsArguments) -> None:
-    """Find out without the weights whether the adapter fits and the heads can be named."""
+def _check_model(arguments: HeadsArguments, longest: int) -> None:
+    """Find out without the weights whether model and adapter fit each other and the samples, and name the heads."""
+    config, window = load_config(arguments.model_name_or_path), None
     if arguments.adapter:
         if not isinstance(read_adapter(arguments.adapter), SealConfig):
-            raise ValueError(
-                f"{arguments.adapter} is no SEAL adapter, so there are no scales to stand beside the scores."
-            )
-        check_adapter(arguments.model_name_or_path, arguments.adapter)
+            raise ValueError(f"{arguments.adapter} is no SEAL adapter: no scales to stand beside the scores.")
+        adapted = check_adapter(arguments.model_name_or_path, arguments.adapter)
+        if arguments.apply_adapter and adapted is not None:
+            config, window = adapted.config, reach(adapted)
+    check_window(config, longest, window)
     with torch.device("meta"):
         found = find_heads(AutoModelForCausalLM.from_config(load_config(arguments.model_name_or_path)))
     for name in arguments.channels_of:
