@@ -39,7 +39,7 @@ def turn(x: Tensor, positions: Tensor, frequencies: Tensor, interleaved: bool, s
 def by_definition(
     query: Tensor, key: Tensor, value: Tensor, group: int, window: int, scale: float, start: int, rope: tuple
 ) -> Tensor:
-    """Attend for one text, `(heads, tokens, channels)`; the scores of every pair of tokens are looked up one by one."""
+    """Attend for one text, `(heads, tokens, channels)`; every pair of tokens is looked up by itself."""
     heads, tokens, _ = query.shape
     key, value = (x.repeat_interleave(heads // len(x), dim=0) for x in (key, value))
     positions = torch.arange(start, start + tokens)
@@ -69,7 +69,9 @@ def oracle(model: nn.Module, group: int, window: int, *, interleaved: bool = Fal
         width = kwargs.get("sliding_window")
         if width is None:
             rope = (frequencies, interleaved, scaling)
-            rows = [by_definition(*row, group, window, scale, start, rope) for row in zip(query, key, value, strict=True)]
+            rows = [
+                by_definition(*row, group, window, scale, start, rope) for row in zip(query, key, value, strict=True)
+            ]
         else:  # a window of its own: ordinary attention within it
             rope = (getattr(rotary, local[0]) if local else frequencies, interleaved, 1.0)
             rows = []

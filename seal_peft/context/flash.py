@@ -43,14 +43,16 @@ class FlashSelfExtend(torch.autograd.Function):
             window: Distance from which grouped positions count.
         """
         out, log_sum, state = flash_forward(query, key, value, scale, window)
-        rows = slice(query.shape[2] - far_query.shape[2], None)
-        far_value = value[:, :, : far_key.shape[2]]
-        far_out, far_sum, far_state = flash_forward(far_query, far_key, far_value, scale, None)
-        near_sum = log_sum[:, :, rows].clone()
-        log_sum[:, :, rows] = torch.logaddexp(near_sum, far_sum)
-        weights = [(part - log_sum[:, :, rows]).exp().unsqueeze(-1) for part in (near_sum, far_sum)]
-        out[:, :, rows] = (out[:, :, rows] * weights[0] + far_out * weights[1]).to(out.dtype)
-        ctx.save_for_backward(query, key, value, far_query, far_key, out, log_sum, *state, *far_state)
+        if far_query.shape[2]:
+            rows = slice(query.shape[2] - far_query.shape[2], None)
+            far_value = value[:, :, : far_key.shape[2]]
+            far_out, far_sum, far_state = flash_forward(far_query, far_key, far_value, scale, None)
+            near_sum = log_sum[:, :, rows].clone()
+            log_sum[:, :, rows] = torch.logaddexp(near_sum, far_sum)
+            near_part, far_part = ((part - log_sum[:, :, rows]).exp().unsqueeze(-1) for part in (near_sum, far_sum))
+            out[:, :, rows] = (out[:, :, rows] * near_part + far_out * far_part).to(out.dtype)
+            state += far_state
+        ctx.save_for_backward(query, key, value, far_query, far_key, out, log_sum, *state)
         ctx.scale, ctx.window = scale, window
         return out
 
@@ -60,8 +62,9 @@ class FlashSelfExtend(torch.autograd.Function):
         query, key, value, far_query, far_key, out, log_sum, *states = ctx.saved_tensors
         (grad,) = grads
         dq, dk, dv = flash_backward(grad, query, key, value, out, log_sum, states[:2], ctx.scale, ctx.window)
-        rows = slice(query.shape[2] - far_query.shape[2], None)
-        far_value = value[:, :, : far_key.shape[2]]
+        if not far_query.shape[2]:
+            return dq, dk, dv, None, None, None, None
+        rows, far_value = slice(query.shape[2] - far_query.shape[2], None), value[:, :, : far_key.shape[2]]
         far = (grad[:, :, rows], far_query, far_key, far_value, out[:, :, rows], log_sum[:, :, rows].contiguous())
         far_dq, far_dk, far_dv = flash_backward(*far, states[2:], ctx.scale, None)
         dv[:, :, : far_key.shape[2]] += far_dv
@@ -70,7 +73,7 @@ class FlashSelfExtend(torch.autograd.Function):
 
 def flash_forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
     """Run torch's flash kernel: causal, aligned at the last query and key, within a window if one is given.
 
     Returns:
@@ -81,7 +84,7 @@ def flash_forward(
     out, log_sum, *state, _ = torch.ops.aten._flash_attention_forward(
         q, k, v, None, None, q.shape[1], k.shape[1], 0.0, window is None, False, scale=scale, **limits
     )
-    return out.transpose(1, 2), log_sum, (state[0], state[1])
+    return out.transpose(1, 2), log_sum, tuple(state)
 
 
 def flash_backward(

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .flash import FlashSelfExtend, fits_flash
 
 # Scores that one step of `attend_in_blocks` holds: 256 MiB in fp32.
-_SCORES_PER_BLOCK = 2**26
+SCORES_PER_BLOCK = 2**26
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,6 @@ def attend_in_blocks(
     positions: Tensor,
     keys: Tensor,
     slots: Tensor | None,
-    scores_per_block: int = _SCORES_PER_BLOCK,
 ) -> Tensor:
     """Attend in plain torch, a block of queries at a time; a single block is the definition, with full matrices.
 
@@ -179,7 +178,6 @@ def attend_in_blocks(
         positions: True positions of the queries.
         keys: True positions of the keys.
         slots: See `attend`.
-        scores_per_block: How many scores to hold at a time.
 
     Returns:
         Shape `(batch, heads, queries, channels of a value)`.
@@ -189,7 +187,7 @@ def attend_in_blocks(
     ordered = slots is None
     if slots is None:
         slots = torch.arange(queries - n_keys, queries, device=key.device).unsqueeze(0)
-    size = max(1, min(queries, scores_per_block // (batch * heads * n_keys)))
+    size = max(1, min(queries, SCORES_PER_BLOCK // (batch * heads * n_keys)))
     outputs = []
     for start in range(0, queries, size):
         rows = torch.arange(start, min(start + size, queries), device=key.device).unsqueeze(-1)
