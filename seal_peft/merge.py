@@ -41,13 +41,20 @@ def merge(arguments: MergeArguments) -> Path:
         The folder of the merged model.
 
     Raises:
-        ValueError: The output folder exists already, or the adapter is broken; raised before any model is loaded.
+        ValueError: The output folder exists already, or the adapter is broken or needs Self-Extend, which no engine
+            would apply to the plain model; raised before any model is loaded.
     """
     target = Path(arguments.output_dir)
     if target.exists():
         raise ValueError(f"{target} exists already. Remove it or choose another --output_dir.")
     adapter = arguments.adapter_name_or_path
     config = read_adapter(adapter)
+    if (settings := getattr(config, "self_extend", None)) is not None:
+        raise ValueError(
+            f"The adapter needs self_extend={settings}, which no setting of a plain checkpoint brings about: every "
+            "engine would run the merged model without it. Keep the adapter, or train one under rope_parameters such "
+            "as YaRN, which config.json carries. In Python, `merge_and_unload()` keeps it in force in memory."
+        )
     base = arguments.model_name_or_path or base_of_adapter(config, adapter)
     load_config(base)
     tokenizer = load_tokenizer(base)

@@ -16,8 +16,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .switch import RopeSwitch
-
 _MAX, _NATIVE = "max_position_embeddings", "original_max_position_embeddings"
 # What one type of scaling brings and another does not want; everything else (base, partial rotation) stays.
 _SCALING = {"rope_type", "type", "factor", _NATIVE, "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale"}
@@ -171,18 +169,6 @@ def resolve_rope(
         resolved, length = _resolve(request, own, longest, _rotated(model, "inv_freq"))
         reached = [length]
     return {**resolved, _MAX: asked_longest or max([longest, *reached])}
-
-
-def rope_switch(model: nn.Module) -> RopeSwitch | None:
-    """Return what gives a model the RoPE of its active adapters; `None` for models without RoPE.
-
-    The tuner calls this and nothing else of this file.
-    """
-    switch = vars(model).get("_rope_switch")
-    if switch is None and read_rope(model) is not None:
-        switch = RopeSwitch(model, read_rope, resolve_rope, apply_rope)
-        vars(model)["_rope_switch"] = switch
-    return switch
 
 
 def _resolve(request: dict[str, Any], own: dict[str, Any], longest: int, dim: int) -> tuple[dict[str, Any], int]:

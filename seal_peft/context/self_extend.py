@@ -57,6 +57,15 @@ def apply_self_extend(model: nn.Module, *, group_size: int, window: int) -> Appl
     return AppliedSelfExtend(model, rotary_layers(model), settings)
 
 
+def read_self_extend(model: nn.Module) -> dict[str, int] | None:
+    """Return the settings that are in force on a model, `None` if none are.
+
+    A saved `config.json` may hold the settings, too; they are in force only after `apply_self_extend`.
+    """
+    config = text_config(model)
+    return dict(config.self_extend) if config is not None and config._attn_implementation == NAME else None
+
+
 def check_settings(settings: Any) -> dict[str, int]:
     """Return settings of Self-Extend as they are, if they are.
 

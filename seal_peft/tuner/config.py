@@ -40,7 +40,8 @@ class SealConfig(PeftConfig):
         granularity: `"head"` learns one scale per attention head (SEAL-H), `"channel"` one per channel of every head
             (SEAL-C). The query site always has one per head.
         sites: What is scaled: `"output"`, the output of each head before the output projection (the paper's), and
-            `"query"`, the query of each head, which is the temperature of its softmax. Either or both.
+            `"query"`, the query of each head, which is the temperature of its softmax. Either or both. `()` scales
+            nothing: an adapter of a few lines that brings `rope_parameters` or `self_extend` to any other adapter.
         target_modules: Attention output projections, as name suffixes or one regular expression: the output site
             scales their input, and the query site is beside them. `None` picks them by architecture.
         query_modules: Modules whose output is the query, as name suffixes or one regular expression: a projection, or
@@ -56,10 +57,13 @@ class SealConfig(PeftConfig):
             "factor": 4.0}` or `{"rope_type": "ntk", "factor": 4.0}`; per layer type where the model has it. The model
             has it while the adapter is in use, in training, after loading, and for good after merging; see
             `seal_peft.context.rope.apply_rope`. `None` leaves the model's own.
+        self_extend: Self-Extend that the adapter needs, such as `{"group_size": 6, "window": 1024}`, in force as
+            `rope_parameters` are; see `seal_peft.context.self_extend.apply_self_extend`.
         heads: Filled in by the model: the `(num_heads, head_dim)` pair of each adapted layer. An adapter that was
             saved with other pairs than those of the base is refused.
         base_rope: Filled in by the model: RoPE parameters of the base that the adapter was trained on. Loading on a
             base that has others warns; to apply the recorded ones, set `rope_parameters` to `base_rope`.
+        base_self_extend: Filled in by the model: Self-Extend that the base itself had in force.
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -69,7 +73,8 @@ class SealConfig(PeftConfig):
         default="head", metadata={"help": "One scale per attention 'head' (SEAL-H) or per 'channel' of it (SEAL-C)."}
     )
     sites: tuple[Site, ...] = field(
-        default=("output",), metadata={"help": "What is scaled: the 'output' of each head, its 'query', or both."}
+        default=("output",),
+        metadata={"help": "What is scaled: the 'output' of each head, its 'query', both, or () nothing."},
     )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
@@ -99,11 +104,17 @@ class SealConfig(PeftConfig):
     rope_parameters: dict[str, Any] | None = field(
         default=None, metadata={"help": "RoPE that the adapter brings along. None: the model's own."}
     )
+    self_extend: dict[str, int] | None = field(
+        default=None, metadata={"help": "Self-Extend that the adapter brings along: group_size and window."}
+    )
     heads: list[list[int]] | None = field(
         default=None, metadata={"help": "Filled in: (num_heads, head_dim) of each adapted layer."}
     )
     base_rope: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: RoPE parameters of the base at training time."}
+    )
+    base_self_extend: dict[str, int] | None = field(
+        default=None, metadata={"help": "Filled in: Self-Extend of the base at training time."}
     )
 
     def __post_init__(self) -> None:
@@ -112,6 +123,7 @@ class SealConfig(PeftConfig):
         # What a file says about its base is an expectation; what a later injection fills in is a record.
         self._expected_heads = self.heads
         self._expected_base_rope = self.base_rope
+        self._expected_base_self_extend = self.base_self_extend
         if self.granularity not in get_args(Granularity):
             raise ValueError(
                 f"granularity={self.granularity!r} is not allowed. Use 'head' (one scale per attention head) or "
@@ -129,6 +141,11 @@ class SealConfig(PeftConfig):
                 f"rope_parameters={self.rope_parameters!r} is not allowed. Use a dictionary such as "
                 '{"rope_type": "yarn", "factor": 4.0}, or None.'
             )
+        if self.self_extend is not None and not isinstance(self.self_extend, dict):
+            raise ValueError(
+                f"self_extend={self.self_extend!r} is not allowed. Use a dictionary such as "
+                '{"group_size": 6, "window": 1024}, or None.'
+            )
         self.target_modules = _set_of(self.target_modules)
         self.query_modules = _set_of(self.query_modules)
         self.exclude_modules = _set_of(self.exclude_modules)
@@ -141,6 +158,13 @@ class SealConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is given, `layers_to_transform` must be given, too.")
 
     def _check_sites(self) -> None:
+        if isinstance(self.sites, tuple | list) and not self.sites:
+            if self.rope_parameters is None and self.self_extend is None:
+                raise ValueError("sites=() scales nothing: give rope_parameters or self_extend, or a site.")
+            if self.granularity == "channel" or self.query_modules is not None:
+                raise ValueError("granularity='channel' and query_modules are of no use for sites=().")
+            self.sites = ()
+            return
         self.sites = sites = check_sites(self.sites)
         if "query" not in sites and self.query_modules is not None:
             raise ValueError(f"query_modules={self.query_modules!r} is of no use without 'query' in `sites`.")
@@ -242,7 +266,11 @@ def check_weights_file(path: str) -> None:
         try:
             header = json.loads(file.read(length)) if 8 + length <= size else {}
             end = (
-                8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+                8
+                + length
+                + max(
+                    (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+                )
             )
         except (ValueError, TypeError, KeyError, AttributeError):
             end = None
