@@ -16,6 +16,7 @@ from models import draw_scales
 from seal_peft import SealConfig
 from seal_peft.context.rope import apply_rope, read_rope
 from seal_peft.context.self_extend import apply_self_extend, read_self_extend
+from seal_peft.loading import check_adapter
 from seal_peft.merge import MergeArguments, merge
 
 IDS = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(0))
@@ -208,7 +209,7 @@ def test_a_base_that_was_extended_is_on_record(tmp_path):
     config.self_extend = config.base_self_extend
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path, config=config)), logits(model))
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
 
 
@@ -232,6 +233,18 @@ def test_it_trains_under_self_extend_with_checkpointing(sites):
     for grad, layer in zip(wanted, models.seal_layers(model).values(), strict=True):
         assert grad.abs().max() > 0
         torch.testing.assert_close(layer.offset("default").grad, grad)
+
+
+def test_without_weights_it_fits_or_not_but_does_not_run(base_folder, tmp_path):
+    adapted(tf.AutoModelForCausalLM.from_pretrained(base_folder), self_extend=SETTINGS).save_pretrained(tmp_path)
+    check_adapter(base_folder, str(tmp_path))
+    with torch.device("meta"):
+        model = get_peft_model(llama(), SealConfig(self_extend=SETTINGS))
+    with torch.device("meta"), pytest.raises(ValueError, match="latent attention"):
+        get_peft_model(models.ARCHITECTURES["deepseek_v3"].build(), SealConfig(self_extend=SETTINGS))
+    model.to_empty(device="cpu")
+    with pytest.raises(ValueError, match="Apply it again now"):
+        logits(model)
 
 
 # -- RoPE alone, beside LoRA ------------------------------------------------------------------------------------------

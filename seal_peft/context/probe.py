@@ -31,13 +31,13 @@ class RotaryLayer:
         attention: The attention module.
         rotary: The module with the frequencies.
         frequencies: Name of the frequencies in it.
-        interleaved: See `grouped.rotate`.
+        interleaved: See `grouped.rotate`; `None` for a model on the meta device, which computes nothing.
     """
 
     attention: nn.Module
     rotary: nn.Module
     frequencies: str
-    interleaved: bool
+    interleaved: bool | None
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ def rotary_layers(model: nn.Module) -> list[RotaryLayer]:
 
     The model runs twice over six tokens at different positions, with attention that gives zeros, so that nothing but
     the rotation differs. What `grouped.rotate` makes of the first run's queries and keys must be those of the second.
-    Layers with a sliding window or without positions are left out.
+    Layers with a sliding window or without positions are left out. On the meta device, where nothing can be compared,
+    all layers without a window are taken.
 
     Raises:
         ValueError: The model does not call transformers' attention interface with `position_ids`, has no such layer,
@@ -86,7 +87,7 @@ def rotary_layers(model: nn.Module) -> list[RotaryLayer]:
                 f"{name} has attention with {', '.join(one.extras)} (soft capping or sinks), which Self-Extend does "
                 "not support. Extend it by rope_parameters, such as YaRN."
             )
-        if one.is_full and not (_near(one.query, other.query) and _near(one.key, other.key)):
+        if one.is_full and (one.query.is_meta or not (_near(one.query, other.query) and _near(one.key, other.key))):
             found.append(_rotary_layer(name, one, other, rotaries))
     if not found:
         raise ValueError(
@@ -115,13 +116,15 @@ def check_frequencies(model: nn.Module, rotaries: list[nn.Module]) -> None:
 
 def _rotary_layer(name: str, one: _Heard, other: _Heard, rotaries: list[nn.Module]) -> RotaryLayer:
     where = f"{name}, layer {getattr(one.attention, 'layer_idx', '?')} ({type(one.attention).__name__})"
-    if one.position_ids is None or one.position_ids.tolist() != [list(_POSITIONS[0])]:
+    if one.position_ids is None or not (one.query.is_meta or one.position_ids.tolist() == [list(_POSITIONS[0])]):
         raise ValueError(f"{where} does not hand position_ids to its attention function. Self-Extend needs them.")
     old, new = (torch.tensor([positions], device=one.key.device) for positions in _POSITIONS)
     for rotary in rotaries:
         for buffer, frequencies in rotary.named_buffers():
             if not buffer.endswith("inv_freq") or "original" in buffer or 2 * len(frequencies) > one.key.shape[-1]:
                 continue
+            if one.query.is_meta:
+                return RotaryLayer(one.attention, rotary, buffer, None)
             frequencies = frequencies.to(one.key.device)
             for interleaved in (False, True):
                 turned = [rotate(x, old, new, frequencies, interleaved) for x in (one.query, one.key)]
@@ -182,15 +185,15 @@ def _listen(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     extras = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
-    is_full = attention_mask is not None and bool(attention_mask[..., 0, 0].all())
+    is_full = attention_mask is not None and attention_mask.dtype == torch.int64
     _heard.get().append(_Heard(module, query, key, is_full, kwargs.get("position_ids"), extras))
     batch, heads, tokens, _ = query.shape
     return value.new_zeros(batch, tokens, heads, value.shape[-1]), None
 
 
 def _mask(batch_size: int, *_: Any, local_size: int | None = None, device: Any = "cpu", **__: Any) -> Tensor:
-    """Say whether a layer sees all that came before; sliding and chunked layers have a `local_size`."""
-    return torch.full((batch_size, 1, 1, 1), local_size is None, device=device)
+    """Say by its dtype whether a layer sees all that came before; sliding and chunked layers have a `local_size`."""
+    return torch.ones(batch_size, 1, 1, 1, dtype=torch.int64 if local_size is None else torch.bool, device=device)
 
 
 AttentionInterface.register(_NAME, _listen)

@@ -182,6 +182,11 @@ def self_extend_attention(
                 "their own."
             )
     layer = settings.layer
+    if layer.interleaved is None:
+        raise ValueError(
+            "Self-Extend was applied to this model while it was on the meta device, where its rotation could not be "
+            "checked. Apply it again now that the model has weights."
+        )
     frequencies = getattr(layer.rotary, layer.frequencies).to(key.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouping = Grouping(settings.group_size, settings.window, frequencies, layer.interleaved, scale)

@@ -212,9 +212,14 @@ class SealConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
         if os.path.isfile(weights):
             with safe_open(weights, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    if key.endswith(".seal_delta.weight"):
-                        config._check_scale(key, file.get_tensor(key))
+                keys = [key for key in file.keys() if key.endswith(".seal_delta.weight")]  # noqa: SIM118 (not a dict)
+                if not keys and config.sites and config.heads:
+                    raise ValueError(
+                        f"The adapter file {weights} is cut off or damaged: it holds no scales. Save the adapter "
+                        "again, or download it again."
+                    )
+                for key in keys:
+                    config._check_scale(key, file.get_tensor(key))
         elif os.path.isdir(folder) and config.heads and not os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
             raise ValueError(
                 f"There is an {CONFIG_NAME} in {folder} but no {SAFETENSORS_WEIGHTS_NAME}: the scales are missing. "
