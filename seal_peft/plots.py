@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .files import write_json
+from .tuner.queries import QUERY_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -200,7 +201,7 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
     maps = scale_maps(layers)
     figure = new_figure(1.5 + 4.5 * len(maps), 6)
     for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        if title.startswith("scale"):
+        if title.startswith("scale"):  # 1 is unchanged
             reach = max(*(abs(value - 1) for row in values for value in row), 1e-6)
             image = axes.imshow(values, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
         else:
@@ -212,18 +213,22 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
 
 def scale_maps(layers: dict[str, Tensor]) -> dict[str, list[list[float]]]:
     """Return one number per layer and head, by title; layers with fewer heads are filled up as unchanged."""
-    values = list(layers.values())
-    width = max(len(value) for value in values)
+    queries = [value for name, value in layers.items() if name.rpartition(".")[2] in QUERY_NAMES]
+    outputs = [value for name, value in layers.items() if name.rpartition(".")[2] not in QUERY_NAMES]
+    width = max(len(value) for value in layers.values())
 
     def rows(per_head: list[Tensor], unchanged: float) -> list[list[float]]:
         return [row.tolist() + [unchanged] * (width - len(row)) for row in per_head]
 
-    if values[0].dim() == 1:
-        return {"scale": rows(values, 1.0)}
-    return {
-        "scale, mean over channels": rows([value.mean(-1) for value in values], 1.0),
-        "spread of channels around 1": rows([(value - 1).square().mean(-1).sqrt() for value in values], 0.0),
-    }
+    maps = {}
+    if outputs and outputs[0].dim() == 1:
+        maps["scale"] = rows(outputs, 1.0)
+    elif outputs:
+        maps["scale, mean over channels"] = rows([value.mean(-1) for value in outputs], 1.0)
+        maps["spread of channels around 1"] = rows([(v - 1).square().mean(-1).sqrt() for v in outputs], 0.0)
+    if queries:
+        maps["scale of the query"] = rows(queries, 1.0)
+    return maps
 
 
 def _save(figure: Figure, path: Path, numbers: dict[str, Any]) -> Path:

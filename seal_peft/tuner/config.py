@@ -244,7 +244,7 @@ class SealConfig(PeftConfig):
             )
 
 
-def check_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+def check_sites(sites: Sequence[str]) -> tuple[Site, ...]:
     """Return sites as a tuple, in the order in which a head goes through them.
 
     Raises:
