@@ -66,6 +66,16 @@ def read_self_extend(model: nn.Module) -> dict[str, int] | None:
     return dict(config.self_extend) if config is not None and config._attn_implementation == NAME else None
 
 
+def reach(window: int, settings: dict[str, int]) -> int:
+    """Return how many tokens a model reads by Self-Extend.
+
+    Args:
+        window: What it reads without, in tokens.
+        settings: As for `apply_self_extend`.
+    """
+    return max(window, (window - settings["window"]) * settings["group_size"] + settings["window"])
+
+
 def check_settings(settings: Any) -> dict[str, int]:
     """Return settings of Self-Extend as they are, if they are.
 
