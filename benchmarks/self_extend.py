@@ -1,7 +1,7 @@
 """Self-Extend: is it exact on this device, what do prefill and a decode step cost, and what does training take?
 
 Equality compares every path with one full matrix in a higher precision. Prefill and decode are interleaved with
-torch's SDPA on the same model. Training is one step of SEAL-C with gradient checkpointing, loss on the last tokens only.
+torch's SDPA on the same model. Training is one step of SEAL-C with gradient checkpointing and loss on the last tokens.
 
     python benchmarks/self_extend.py --tokens 32768 --output results/self-extend-h100.json
     python benchmarks/self_extend.py --model tiny --tokens 512 --window 64 --repeats 1 --output /tmp/trial.json
