@@ -22,6 +22,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
@@ -40,7 +41,7 @@ from seal_peft.generation import generate_answers, make_batches
 from seal_peft.loading import load_model, load_tokenizer
 from seal_peft.provenance import provenance
 from seal_peft.statistics import mean_interval
-from seal_peft.tasks import TASKS
+from seal_peft.tasks import TASKS, Sample
 from seal_peft.tokens import AnswerCollator, encode_prompt, encode_training
 from seal_peft.tuner.query import QueryLinear
 
@@ -109,6 +110,12 @@ class _GrowingQuery(QueryLinear):
         return (result * (1 + growth.unsqueeze(-1) * offset)).to(result.dtype)
 
 
+def _samples(model: str, name: str, length: int, n: int, questions: int, seed: int) -> list[Sample]:
+    numbers = {"lengths": [length], "num_samples": n, "questions_per_context": questions, "seed": seed}
+    split = "test" if name == "test" else "train"
+    return make_samples("lines", tokenizer=load_tokenizer(model), split=split, **numbers)
+
+
 # -- one job ----------------------------------------------------------------------------------------------------------
 
 
@@ -121,19 +128,22 @@ class Bench:
         self.tokenizer: Any = None
 
     def data(self) -> None:
-        """Make the samples of all seeds that are not there yet."""
-        tokenizer, setting = load_tokenizer(self.options.model), self.setting
-        for seed in range(self.options.seeds):
-            self._write(f"train-{seed}", tokenizer, setting.train_lengths, setting.contexts, setting.questions, seed)
-        self._write("valid", tokenizer, setting.train_lengths, max(2, setting.contexts // 25), 1, 1000)
-        self._write("test", tokenizer, setting.test_lengths, self.options.num_samples, 1, 0)
-
-    def _write(self, name: str, tokenizer: Any, lengths: tuple[int, ...], n: int, questions: int, seed: int) -> None:
-        path = self.folder / f"{name}.jsonl"
-        if not path.is_file():
-            split = "test" if name == "test" else "train"
-            numbers = {"lengths": lengths, "num_samples": n, "questions_per_context": questions, "seed": seed}
-            write_samples(path, make_samples("lines", tokenizer=tokenizer, split=split, **numbers))
+        """Make the samples of all seeds that are not there yet, each length in a process of its own."""
+        setting = self.setting
+        files = {
+            f"train-{seed}": (setting.train_lengths, setting.contexts, setting.questions, seed)
+            for seed in range(self.options.seeds)
+        }
+        files["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, 1000)
+        files["test"] = (setting.test_lengths, self.options.num_samples, 1, 0)
+        missing = {name: numbers for name, numbers in files.items() if not (self.folder / f"{name}.jsonl").is_file()}
+        with ProcessPoolExecutor() as pool:
+            parts = {
+                name: [pool.submit(_samples, self.options.model, name, n, *rest) for n in lengths]
+                for name, (lengths, *rest) in missing.items()
+            }
+            for name, futures in parts.items():
+                write_samples(self.folder / f"{name}.jsonl", [s for future in futures for s in future.result()])
 
     def rows(self, name: str) -> list[dict[str, list[int]]]:
         """Tokens and labels of a file of samples."""
