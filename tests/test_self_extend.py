@@ -9,7 +9,7 @@ import transformers as tf
 import models
 from seal_peft.context import flash, grouped
 from seal_peft.context.rope import text_config
-from seal_peft.context.self_extend import apply_self_extend
+from seal_peft.context.self_extend import apply_self_extend, read_self_extend
 from self_extend_oracle import oracle, turn
 
 IDS = torch.randint(3, 60, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -192,6 +192,91 @@ def test_reading_in_chunks_by_generate_is_the_same():
     model = extended(models.llama(), 3, 7)
     settings = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS), "max_new_tokens": 6, "do_sample": False}
     assert torch.equal(model.generate(**settings), model.generate(**settings, prefill_chunk_size=11))
+
+
+def test_a_compiled_decode_step_is_one_graph():
+    model = extended(models.llama(num_hidden_layers=1), 3, 7)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    ids, mask, _ = padded("left")
+    steps = []
+    for reader in (model, compiled):
+        cache = tf.StaticCache(model.config, max_cache_len=64)
+        logits(model, ids, attention_mask=mask, position_ids=positions_of(mask), past_key_values=cache)
+        now = {"past_key_values": cache, "position_ids": mask.sum(-1, keepdim=True)}
+        steps.append(logits(reader, ids[:, :1], attention_mask=torch.cat([mask, mask[:, -1:]], 1), **now))
+    torch.testing.assert_close(steps[1], steps[0])
+
+
+def test_what_it_cannot_read_is_refused():
+    model = extended(models.llama(), 3, 7)
+    packed = torch.cat([torch.arange(25), torch.arange(15)]).unsqueeze(0)
+    with pytest.raises(ValueError, match="one text per row"):
+        model(input_ids=IDS[:1], position_ids=packed, use_cache=False)
+    with pytest.raises(ValueError, match="follow each other within a row"):
+        model(input_ids=IDS[:1], position_ids=packed, attention_mask=torch.ones_like(IDS[:1]))
+    square = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="no attention mask of four dimensions"):
+        model(input_ids=IDS[:1], attention_mask=square)
+    dropped = extended(models.llama(attention_dropout=0.1), 3, 7).train()
+    with pytest.raises(ValueError, match="takes no attention dropout"):
+        dropped(input_ids=IDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gemma2", "softcap"),
+        ("gpt_oss", "s_aux"),
+        ("deepseek_v3", "multi-head latent attention"),
+        ("qwen2_5_vl", "M-RoPE"),
+        ("falcon", "computes attention itself"),
+        ("opt", "no rotary position embedding"),
+    ],
+)
+def test_models_that_it_does_not_fit_are_refused_by_name(name, words):
+    model = models.base_model(name)
+    with pytest.raises(ValueError, match=rf"{type(model).__name__}.*{words}"):
+        apply_self_extend(model, group_size=4, window=8)
+    assert model.config.get_text_config()._attn_implementation != "self_extend"
+
+
+def test_rotations_that_do_not_compose_are_refused(monkeypatch):
+    """The probe looks at what reaches attention: here, keys that were normalised after their rotation."""
+    module = tf.models.llama.modeling_llama
+    rotation = module.apply_rotary_pos_emb
+
+    def with_norm(query, key, *args, **kwargs):
+        query, key = rotation(query, key, *args, **kwargs)
+        return query, key * torch.linspace(0.5, 1.5, key.shape[-1])
+
+    monkeypatch.setattr(module, "apply_rotary_pos_emb", with_norm)
+    with pytest.raises(ValueError, match="LlamaForCausalLM, layer 0 .*does not rotate"):
+        apply_self_extend(models.llama(), group_size=4, window=8)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_depend_on_the_length_are_refused(kind):
+    factors = {"short_factor": [1.0] * 6, "long_factor": [2.0] * 6} if kind == "longrope" else {}
+    rope = {"rope_type": kind, "factor": 2.0, "rope_theta": 10000.0, **factors}
+    model = models.llama(rope_parameters=rope)
+    with pytest.raises(ValueError, match=f"RoPE of the type '{kind}'"):
+        apply_self_extend(model, group_size=4, window=8)
+
+
+def test_it_can_be_applied_over_itself_and_taken_off_again():
+    model = models.llama()
+    model.config._attn_implementation = "eager"
+    plain = logits(model)
+    first = apply_self_extend(model, group_size=3, window=7)
+    expected = logits(model)
+    second = apply_self_extend(model, group_size=5, window=9)
+    assert read_self_extend(model) == {"group_size": 5, "window": 9}
+    assert not torch.equal(logits(model), expected)
+    second.restore()
+    assert torch.equal(logits(model), expected)
+    first.restore()
+    assert (read_self_extend(model), model.config._attn_implementation) == (None, "eager")
+    assert torch.equal(logits(model), plain)
 
 
 # -- gradients and dtypes ---------------------------------------------------------------------------------------------
