@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .probe import rotary_layers
 from .rope import apply_rope, read_rope, resolve_rope
-from .self_extend import reach
+from .self_extend import extended_window
 
 # The authors' rule: the positions in use should stay within this share of those that the model was trained on.
 _SHARES = 2 / 3, 1 / 2
@@ -104,4 +104,4 @@ def _self_extend(model: nn.Module, length: int, window: int) -> Advice:
     groups = [math.floor((length - near) / (share * window - near)) + 1 for share in _SHARES]
     settings = {"group_size": groups[0], "window": near}
     note = f"needs this package where it runs; group_size={groups[1]} keeps to half of the native positions"
-    return Advice("self_extend", {"self_extend": settings}, reach(window, settings), note)
+    return Advice("self_extend", {"self_extend": settings}, extended_window(window, settings), note)

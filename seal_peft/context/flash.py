@@ -114,6 +114,7 @@ def fits_flash(query: Tensor, key: Tensor, value: Tensor) -> bool:
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
+        and query.dtype == key.dtype == value.dtype
         and query.shape[2] > 1
         and channels == value.shape[-1]
         and channels % 8 == 0

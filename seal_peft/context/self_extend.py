@@ -66,7 +66,7 @@ def read_self_extend(model: nn.Module) -> dict[str, int] | None:
     return dict(config.self_extend) if config is not None and config._attn_implementation == NAME else None
 
 
-def reach(window: int, settings: dict[str, int]) -> int:
+def extended_window(window: int, settings: dict[str, int]) -> int:
     """Return how many tokens a model reads by Self-Extend.
 
     Args:
