@@ -160,7 +160,10 @@ class SealConfig(PeftConfig):
     def _check_sites(self) -> None:
         if isinstance(self.sites, tuple | list) and not self.sites:
             if self.rope_parameters is None and self.self_extend is None:
-                raise ValueError("sites=() scales nothing: give rope_parameters or self_extend, or a site.")
+                raise ValueError(
+                    "sites=() scales nothing. Use ('output',), ('query',) or ('output', 'query'), or give "
+                    "rope_parameters or self_extend, which an adapter may bring without scales."
+                )
             if self.granularity == "channel" or self.query_modules is not None:
                 raise ValueError("granularity='channel' and query_modules are of no use for sites=().")
             self.sites = ()
