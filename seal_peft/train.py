@@ -23,11 +23,11 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .context.self_extend import extended_window
-from .data import check_window, read_samples, window_of
+from .data import check_window, read_samples
 from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
 from .provenance import provenance
+from .reach import reach
 from .tokens import AnswerCollator, encode_training
 from .tuner import SealConfig, save_adapter, scales
 from .tuner.config import Granularity, check_sites
@@ -144,8 +144,8 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     rows = [encode_training(sample, tokenizer) for sample in progress]
     with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
-        get_peft_model(skeleton, copy.deepcopy(config))
-    _check_length(skeleton.config, config, max(len(row["input_ids"]) for row in rows))
+        adapted = get_peft_model(skeleton, copy.deepcopy(config))
+    check_window(skeleton.config, max(len(row["input_ids"]) for row in rows), reach(adapted))
 
     output_dir = Path(training_arguments.output_dir)
     settings = _settings(arguments, training_arguments)
@@ -186,18 +186,6 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
-
-
-def _check_length(model_config: Any, config: SealConfig, length: int) -> None:
-    """Refuse samples that the model does not reach under the adapter's extension, which is in `model_config`."""
-    window = window_of(model_config)
-    if config.self_extend is None or window is None:
-        check_window(model_config, length)
-    elif length > (reached := extended_window(window, config.self_extend)):
-        raise ValueError(
-            f"A length of {length} tokens was given, but self_extend={config.self_extend} reaches {reached} from the "
-            f"model's {window}. Raise its group_size; `seal-peft advise` tells which."
-        )
 
 
 def _from_json(name: str, text: str | None) -> Any:
