@@ -132,9 +132,7 @@ def test_scales_that_are_not_finite_are_refused(load, value, saved):
     ids=["more-heads", "fewer-heads", "larger-heads", "more-layers"],
 )
 def test_a_base_with_other_heads_is_refused(load, other, saved):
-    message = (
-        r"trained on 2 modules with \(num_heads, head_dim\) = \(4, 12\), but the base model has .* Load it"
-    )
+    message = r"trained on 2 modules with \(num_heads, head_dim\) = \(4, 12\), but the base model has .* Load it"
     assert_refused(load, saved, message, llama(**other))
 
 
