@@ -17,6 +17,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import __version__
+from .advise import AdviseArguments, advise
 from .demo import DemoArguments, demo
 from .evaluate import EvaluateArguments, evaluate
 from .heads.stage import HeadsArguments, heads
@@ -90,6 +91,12 @@ STAGES = {
         (MergeArguments,),
         "fold an adapter into its base model, for serving without this package",
         "seal-peft merge --adapter_name_or_path runs/my/adapter --output_dir runs/my/merged",
+    ),
+    "advise": Stage(
+        advise,
+        (AdviseArguments,),
+        "which context extension lets a model read a length, in tokens",
+        "seal-peft advise --model_name_or_path smollm2 --length 32768",
     ),
 }
 

@@ -58,6 +58,16 @@ def test_heads_of_hybrid_models_stand_in_their_own_layers() -> None:
     assert_close(pruning_map(heads, ROWS).logprob, prune_slowly(model, ROWS, names))
 
 
+def test_contexts_are_not_shared_where_keys_turn_by_the_length_of_the_whole_input() -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    model = models.llama(max_position_embeddings=16, rope_parameters=rope)
+    heads, rows = find_heads(model), [row for row in ROWS if row.id != "alone"]
+    assert len(group_by_beginning(heads, rows)) == 3
+    for row in rows:  # one at a time: transformers keeps the frequencies of the longest input so far
+        fresh = models.llama(max_position_embeddings=16, rope_parameters=rope)
+        assert_close(pruning_map(find_heads(fresh), [row]).logprob, prune_slowly(model, [row], LLAMA))
+
+
 def test_layers_below_are_computed_once_and_heads_are_rows_of_one_batch() -> None:
     model = models.causal(tf.LlamaConfig, head_dim=12, num_hidden_layers=4)
     rows_seen: dict[int, list[int]] = {}

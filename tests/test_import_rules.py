@@ -58,7 +58,7 @@ def test_this_reader_of_imports_sees_relative_absolute_and_nested_ones():
 
 def test_the_tuner_could_move_into_peft():
     for module in modules_of("tuner"):
-        allowed = {"seal_peft.context.rope"} if module == "seal_peft.tuner.model" else set()
+        allowed = {"seal_peft.context.switch"} if module == "seal_peft.tuner.model" else set()
         assert ours(module) <= allowed, module
         third_party = foreign(module) & {"datasets", "accelerate", "numpy", "tqdm", "rich", "matplotlib", "yaml"}
         assert not third_party, module

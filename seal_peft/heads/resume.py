@@ -82,10 +82,14 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 def _can_continue(heads: Heads) -> bool:
     """Whether every layer of the model keeps keys and values of its own, behind which it can read on."""
     config = heads.base.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    types = {kind.get("rope_type") for kind in (rope, *rope.values()) if isinstance(kind, dict)}
     return (
         "past_key_values" in inspect.signature(type(heads.base).forward).parameters
         and len(heads.layers) == len(heads.blocks)
         and not getattr(config, "num_kv_shared_layers", 0)
+        # These turn keys by how long the whole input is, which the beginning alone does not tell.
+        and not types & {"dynamic", "longrope"}
     )
 
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import SealConfig, Site
 from .layer import SealLayer
-from .positions import check_same_rope
+from .positions import check_same_positions
 from .scales import layers_with
 
 
@@ -53,14 +53,14 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
 
     Raises:
         ValueError: The files do not fit: another method or granularity, layers that the model's adapter lacks,
-            other `rope_parameters`, or values that are not finite; or the adapter is merged.
+            other `rope_parameters` or `self_extend`, or values that are not finite; or the adapter is merged.
     """
     layers = layers_with(model, adapter_name)
     _unmerged_layers(model, adapter_name)
     config = PeftConfig.from_pretrained(str(model_id))
     if config.peft_type != "SEAL":
         raise ValueError(f"{model_id} is an adapter of type {config.peft_type}, so it cannot replace a SEAL adapter.")
-    check_same_rope(config, model, adapter_name)
+    check_same_positions(config, model, adapter_name)
     _check_same_heads(config, getattr(model, "peft_config", {}).get(adapter_name), model_id)
     saved = {
         key.removeprefix("base_model.model.").removesuffix(".seal_delta.weight"): value

@@ -3,14 +3,29 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from .config import SealConfig
 from .offset import ScaleOffset
 
 if TYPE_CHECKING:
+    from .config import SealConfig
     from .layer import SealLayer
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """Return names of heads as a list.
+
+    Raises:
+        ValueError: They are not different names such as `L14H7`.
+    """
+    valid = not isinstance(names, str) and all(re.fullmatch(r"L(0|[1-9]\d*)H(0|[1-9]\d*)", str(n)) for n in names)
+    if not valid or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"target_heads={names!r} is not allowed. Use a list of different heads such as ['L14H7', 'L20H1'] "
+            "(layer 14, head 7, both from 0), or None for all."
+        )
+    return list(names)
 
 
 def chosen_heads(config: SealConfig, name: str) -> list[int] | None:

@@ -40,7 +40,7 @@ class SealLayer(BaseTunerLayer):
         site: What is scaled, `"output"` of the heads or `"query"`.
         geometry: How many heads there are and how many channels each has.
         seal_delta: One `ScaleOffset` per adapter.
-        seal_alpha: Strength of each adapter, 1.0 unless changed.
+        seal_alpha: Strength of each adapter, 1.0 unless changed; also of those without scales.
         row_scale: Within `scaled_rows`, the scale of every row of the batch.
         outer_layers: Layers of other tuners around this one, the innermost first; see `beside.py`.
         model_configs: The configs of all adapters of the model, of other methods too.
@@ -77,10 +77,11 @@ class SealLayer(BaseTunerLayer):
         return scale
 
     def update_layer(self, adapter_name: str, config: SealConfig) -> None:
-        """Add the scales of one adapter, at the identity unless the config says otherwise."""
-        self.seal_delta[adapter_name] = ScaleOffset(self._offset_shape(config))
-        if not config.init_weights:
-            nn.init.normal_(self.offset(adapter_name), std=_RANDOM_INIT_STD)
+        """Add the scales of one adapter, at the identity unless the config says otherwise; none without a site."""
+        if config.sites:
+            self.seal_delta[adapter_name] = ScaleOffset(self._offset_shape(config))
+            if not config.init_weights:
+                nn.init.normal_(self.offset(adapter_name), std=_RANDOM_INIT_STD)
         self.seal_alpha[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

@@ -36,7 +36,7 @@ def is_target(config: SealConfig, model: nn.Module, name: str) -> Any:
         return output
     if chosen_heads(config, name) == []:
         return False
-    if output and "output" in config.sites:
+    if output and ("output" in config.sites or not config.sites):  # without a site they only carry the adapter's name
         return output
     return "query" in config.sites and is_query(config, model, name)
 
