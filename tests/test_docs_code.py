@@ -22,7 +22,8 @@ import seal_peft
 from hub_stub import running_hub
 from models import INPUT_IDS, base_model
 from seal_peft import SealConfig, save_adapter
-from stages import save_model, save_samples, seal
+from seal_peft.data import write_samples
+from stages import save_model, save_samples, seal, some_samples
 from test_hub import pretend_to_be_the_hub
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +64,10 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapter(get_peft_model(base, SealConfig(task_type="CAUSAL_LM", granularity="channel")), adapter)
     base = AutoModelForCausalLM.from_pretrained(folder / "my" / "model")
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(folder / "runs" / "my" / "lora")
-    save_samples(folder / "runs" / "my" / "test.jsonl", "test", num_samples=2)
+    for name in ("runs/my/test.jsonl", "runs/my/held-out.jsonl"):
+        save_samples(folder / name, "test", num_samples=2)
+    write_samples(folder / "two-lengths.jsonl", [*some_samples("test", 400, 2), *some_samples("test", 500, 2)])
+    save_samples(folder / "runs" / "my" / "train.jsonl", num_samples=2)
     words = ["--model_name_or_path", folder / "my" / "model", "--test_file", folder / "runs" / "my" / "test.jsonl"]
     words += ["--adapters", adapter, "--output_dir", adapter.parent / "eval", "--max_new_tokens", 2]
     assert seal("evaluate", *words) == 0
@@ -106,6 +110,8 @@ def run_shell(line: str, model: Path) -> None:
     words = shlex.split(line, comments=True)[1:]
     words = [str(model) if word in ("smollm2", "my/model", "my/8k-model") else word for word in words]
     words = [word for word in words if word != "--guard"]  # half a minute; tests/test_guard.py
+    words = [{"L14H7": "L1H3", "L20H1": "L0H1"}.get(word, word) for word in words]
+    words = [name for word in words for name in (sorted(map(str, Path().glob(word))) if "*" in word else [word])]
     stage = words[0]
     if "--lengths" in words:
         start = words.index("--lengths") + 1
@@ -142,6 +148,9 @@ def test_the_code_of_the_page_runs(page: str, workplace: Path, monkeypatch: pyte
     if page == "docs/adapters.md":
         names = {name: base_model("llama") for name in ("base_model", "another_base_model", "fresh_base_model")}
         names["two_prompts"] = INPUT_IDS
+    if page == "docs/context.md":
+        extended = "base_model another_base_model fresh_base_model plain_model lora_base_model one_more_base_model"
+        names = {name: base_model("llama") for name in extended.split()}
     if page == "docs/trainers.md" and importlib.util.find_spec("trl"):
         import trl
 
@@ -153,7 +162,12 @@ def test_the_code_of_the_page_runs(page: str, workplace: Path, monkeypatch: pyte
         assert (workplace / "merged" / "model.safetensors").is_file()
     if page == "docs/adapters.md":
         assert defined["output"].shape == (2, INPUT_IDS.shape[1] + 4)
+        assert not any(hasattr(module, "seal_delta") for module in defined["plain"].modules())
         assert (workplace / "adapters" / "lines-again" / "adapter_config.json").is_file()
+    if page == "docs/context.md":
+        assert defined["merged"].config.rope_parameters["rope_type"] == "yarn"
+        assert defined["advice"].method == "self_extend"
+        assert (workplace / "pair" / "long" / "adapter_config.json").is_file()
 
 
 def test_every_other_line_is_left_out_for_a_reason() -> None:
