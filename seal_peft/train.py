@@ -106,6 +106,8 @@ class SealTrainingArguments(TrainingArguments):
                 "push_to_hub and hub_token are not used here. Log in with `hf auth login` or set HF_TOKEN, and run "
                 "`seal-peft push --adapter OUTPUT_DIR --repo_id OWNER/NAME` when the training is done."
             )
+        # Without this, several processes on CPUs would each train alone (transformers 5.23).
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # transformers 5.23 renamed gradient_checkpointing and warns about the old name; older ones know only that.
         # Remove this, and the two fields above, when the oldest supported transformers is 5.23.
         renamed = Version(transformers.__version__) >= Version("5.23")
