@@ -147,12 +147,12 @@ def push(
 
 
 def _check_adapter(folder: Path) -> SealConfig:
-    if not (folder / CONFIG_NAME).is_file():
+    saved = _read_json(folder / CONFIG_NAME)
+    if not saved:
         raise ValueError(f"{folder} is not an adapter folder: there is no {CONFIG_NAME} in it.")
-    config = SealConfig.from_pretrained(str(folder))
-    if not isinstance(config, SealConfig):
+    if saved.get("peft_type") != "SEAL":
         raise ValueError(f"{folder} holds an adapter of another method; push it with its own `push_to_hub`.")
-    return config
+    return SealConfig.from_pretrained(str(folder))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
