@@ -150,12 +150,12 @@ def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
 
 def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: CardFacts) -> dict[str, Any]:
     """Fill the blanks of the template."""
-    learned = scales(folder).values()
+    learned = scales(folder).values() if config.get("sites", ["output"]) else []
     counts = {
         per: sum(scale.numel() for scale in learned if scale.dim() == dim)
         for dim, per in ((1, "head"), (2, "channel of every head"))
     }
-    numbers = " and ".join(f"{count:,}, one per {per}" for per, count in counts.items() if count)
+    numbers = " and ".join(f"{count:,}, one per {per}" for per, count in counts.items() if count) or "none"
     named = config.get("base_model_name_or_path") or ""
     base = facts.base_model or public_id(named)
     package = smollm2_package(named)
@@ -163,7 +163,7 @@ def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: Car
         "marker": MARKER,
         "name": _name(folder, facts),
         "address": facts.repo_id or "path/of/this/folder",
-        "base": f"`{base}`" if base else f"a local model, `{Path(named).name}`",
+        "base": f"`{base}`" if base else f"a local model, `{Path(named).name or 'not named'}`",
         "base_is_local": base is None,
         "base_note": package
         and f"The weights at training were those of the 4-bit GGUF file in the Python package {package}, unpacked: "
@@ -171,7 +171,7 @@ def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: Car
         "numbers": numbers,
         "trained": markdown_table(_trained_rows(config, run, numbers)),
         "has_run": bool(run),
-        "rope": config.get("rope_parameters"),
+        "extended": config.get("rope_parameters") or config.get("self_extend"),
         "picture": facts.picture,
         "versions": _versions(run, config),
         **(_result_words(facts.metrics) if facts.metrics else {}),
@@ -182,15 +182,19 @@ def _trained_rows(config: dict[str, Any], run: dict[str, Any], numbers: str) -> 
     sites, pairs = config.get("sites", ["output"]), config.get("heads") or []
     heads = sorted({f"{number} heads of {size} channels" for number, size in pairs})
     granularity = {"head": "head (SEAL-H)", "channel": "channel (SEAL-C)"}[config["granularity"]]
-    rope = config.get("rope_parameters")
+    rope, self_extend, chosen = (config.get(key) for key in ("rope_parameters", "self_extend", "target_heads"))
     rows = [
         ["", ""],
         ["scales", numbers],
         ["granularity", granularity],
-        ["sites", ", ".join(sites)],
-        ["heads", f"{'; '.join(heads)}, in {len(pairs) // len(sites)} layers"],
+        ["sites", ", ".join(sites) or "none: it brings a context extension alone"],
+        ["heads", f"{'; '.join(heads)}, in {len(pairs) // max(1, len(sites))} layers"],
         ["RoPE", f"`{json.dumps(rope)}`" if rope else "the base model's own"],
     ]
+    if self_extend:
+        rows.append(["Self-Extend", f"`{json.dumps(self_extend)}`"])
+    if chosen:
+        rows.append(["chosen heads", ", ".join(chosen)])
     if run:
         settings = run["training_arguments"]
         rows += [

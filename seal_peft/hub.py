@@ -122,22 +122,18 @@ def push(
     run = _read_json(folder / _RUN)
     metrics = _metrics_of(folder, metrics_file, system, run) if metrics_file is not None else None
     # Without matplotlib the card has no picture; that is no reason not to push.
-    picture = plot_scales(scales(folder), folder / _PICTURE) if find_spec("matplotlib") else None
+    drawable = config.sites and find_spec("matplotlib")
+    picture = plot_scales(scales(folder), folder / _PICTURE) if drawable else None
     facts = CardFacts(repo_id, base, license, datasets or [], metrics, picture.name if picture else None)
     card = render_card(folder, run, facts)
     with replacing(folder / CARD_NAME) as file:
         file.write(card)
-
-    saved = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")) | {"base_model_name_or_path": base}
     files: dict[str, bytes | str] = {
         SAFETENSORS_WEIGHTS_NAME: str(folder / SAFETENSORS_WEIGHTS_NAME),
-        CONFIG_NAME: _json(saved),
+        CONFIG_NAME: _json(_read_json(folder / CONFIG_NAME) | {"base_model_name_or_path": base}),
         CARD_NAME: card.encode(),
     }
-    if run:
-        files[_RUN] = _json(_without_folders(run))
-    if metrics:
-        files[_METRICS] = _json(_without_folders(metrics))
+    files |= {name: _json(_without_folders(record)) for name, record in ((_RUN, run), (_METRICS, metrics)) if record}
     if picture:
         files |= {path.name: str(path) for path in (picture, picture.with_suffix(".json"))}
     try:

@@ -98,6 +98,17 @@ def test_what_was_trained_is_told_from_the_files(house: Path) -> None:
     assert f"torch {run['versions']['torch']}" in text
 
 
+def test_self_extend_and_chosen_heads_are_shown_where_they_are_configured(house: Path, tmp_path: Path) -> None:
+    adapter = shutil.copytree(house / "adapter", tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    extended = {"group_size": 4, "window_size": 64}
+    write_json(adapter / "adapter_config.json", config | {"self_extend": extended, "target_heads": ["L0H1", "L1H3"]})
+    text = render_card(adapter, run_of(house), CardFacts())
+    assert f"| Self-Extend | `{json.dumps(extended)}` |" in text
+    assert "| chosen heads | L0H1, L1H3 |" in text
+    assert "no longer window" not in text
+
+
 def test_rope_and_sites_are_shown_as_they_are_configured(house: Path, tmp_path: Path) -> None:
     adapter = shutil.copytree(house / "adapter", tmp_path / "adapter")
     config = json.loads((adapter / "adapter_config.json").read_text())
@@ -127,6 +138,15 @@ def test_what_is_not_known_is_not_made_up(tmp_path: Path) -> None:
     for word in ("## Results", "seed", "None", "base_model:", "license", "More Information Needed"):
         assert word not in text
     assert "\n\n\n" not in text
+
+
+def test_an_adapter_of_a_context_extension_alone_has_a_card(tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 128}
+    config = SealConfig(task_type="CAUSAL_LM", sites=(), rope_parameters=rope)
+    get_peft_model(models.llama(), config).save_pretrained(tmp_path)
+    text = render_card(tmp_path, {}, CardFacts())
+    assert "| scales | none |" in text
+    assert "| sites | none: it brings a context extension alone |" in text
 
 
 def test_training_leaves_our_card_and_training_again_rewrites_it(house: Path, tmp_path: Path) -> None:
