@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import runpy
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import models
 from seal_peft import SealConfig
-from stages import save_model, seal, some_samples
+from stages import save_model, save_samples, seal, some_samples
 
 QUESTION = [{"role": "user", "content": some_samples("test")[0].messages[-1]["content"]}]
 
@@ -87,3 +88,14 @@ def test_transformers_serve_answers_as_the_adapter_does(house: Path, server: str
     base = answer_of(AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32), house)
     assert served == adapted
     assert adapted != base
+
+
+def test_the_example_asks_a_server_and_scores_what_it_says(
+    house: Path, server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    test_file = save_samples(tmp_path / "test.jsonl", "test", num_samples=2)
+    words = ["--url", f"{server}/v1", "--model", house / "merged", "--test_file", test_file]
+    monkeypatch.setattr(sys, "argv", ["ask_server.py", *map(str, words), "--output_file", str(tmp_path / "out.json")])
+    runpy.run_path(str(Path(__file__).parents[1] / "examples" / "ask_server.py"), run_name="__main__")
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert (result["n"], result["score"], len(result["answers"])) == (2, 0.0, 2)
