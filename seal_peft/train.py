@@ -250,8 +250,7 @@ def _unfinished_checkpoint(output_dir: Path, settings: dict[str, Any]) -> str | 
                 f"{output_dir} holds checkpoints of another program. Remove them or choose another --output_dir."
             )
         return None
-    # The Trainer writes its state last: a checkpoint without it was cut off.
-    whole = [path for path in output_dir.glob(CHECKPOINTS) if (path / TRAINER_STATE_NAME).is_file()]
+    whole = [path for path in output_dir.glob(CHECKPOINTS) if _is_whole(path)]
     if not whole:
         return None  # it ended before its first checkpoint, so there is nothing to go on from
     before = json.loads(record.read_text(encoding="utf-8"))
@@ -263,6 +262,15 @@ def _unfinished_checkpoint(output_dir: Path, settings: dict[str, Any]) -> str | 
             "go on; to start afresh, remove the folder or choose another --output_dir."
         )
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Tell whether a checkpoint was written to its end: the Trainer writes its state last."""
+    try:
+        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _start_afresh(output_dir: Path, settings: dict[str, Any]) -> None:

@@ -11,6 +11,9 @@ import pytest
 
 from stages import save_model, save_samples, seal
 
+# An interrupt leaves files to the garbage collector.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning", "ignore::ResourceWarning")
+
 
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -39,7 +42,8 @@ def test_training_goes_on_from_its_last_checkpoint(
 ) -> None:
     words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl"]
     words += ["--output_dir", tmp_path, "--max_steps", 30, "--save_steps", 2, "--disable_tqdm", "true"]
-    thread = press_ctrl_c_when(lambda: any(tmp_path.glob("checkpoint-*/trainer_state.json")))
+    # From then on one checkpoint or another is whole, wherever the signal hits.
+    thread = press_ctrl_c_when(lambda: any(tmp_path.glob("checkpoint-[4-9]*")) or any(tmp_path.glob("checkpoint-??")))
     assert seal(*words) == 130
     thread.join()
     assert "seal-peft train: interrupted. Start the same command again to go on" in capsys.readouterr().err

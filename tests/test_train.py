@@ -196,6 +196,9 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
     # A kill while a checkpoint is written leaves one without the state that the Trainer writes last.
     shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-5")
     (tmp_path / "checkpoint-5" / "trainer_state.json").unlink()
+    shutil.copytree(tmp_path / "checkpoint-4", tmp_path / "checkpoint-6")
+    state = (tmp_path / "checkpoint-6" / "trainer_state.json").read_bytes()
+    (tmp_path / "checkpoint-6" / "trainer_state.json").write_bytes(state[:-20])
     interrupt_at(0)
     train_in(tmp_path, house)
     assert_same_weights(tmp_path, uninterrupted)
