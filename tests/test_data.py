@@ -426,9 +426,17 @@ def test_logits_are_built_only_from_the_first_answer_on(tiny_llama: LlamaForCaus
         logits = tiny_llama(**batch).logits
         assert isinstance(batch["logits_to_keep"], int)
         assert batch["logits_to_keep"] == logits.shape[1] == len(row["labels"]) - first + 1
-        assert batch["labels"] is batch["shift_labels"]
-        assert batch["shift_labels"][0, 0] == row["labels"][first]
+        assert batch["labels"].tolist() == [row["labels"][first - 1 :]]
+        assert batch["shift_labels"].tolist() == [[*row["labels"][first:], IGNORED]]
         assert set(batch) == {"input_ids", "labels", "shift_labels", "logits_to_keep"}
+
+
+def test_a_model_that_shifts_labels_itself_has_the_same_loss(tiny_llama: LlamaForCausalLM, rows: list) -> None:
+    for batch_rows in ([rows[0]], rows):
+        batch = AnswerCollator()(batch_rows)
+        output = tiny_llama(**batch)
+        by_itself = torch.nn.functional.cross_entropy(output.logits[:, :-1].mT, batch["labels"][:, 1:])
+        torch.testing.assert_close(by_itself, output.loss)
 
 
 @pytest.mark.parametrize("index", range(4))
