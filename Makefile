@@ -5,9 +5,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.installed
 FLOOR ?= $(VENV)-floor
+PEFT_SOURCE ?= $(VENV)/peft-source
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test test-floor quality docs bench clean
+.PHONY: install demo test test-floor test-peft quality docs bench clean
 
 install: $(INSTALLED)
 
@@ -38,6 +39,16 @@ $(FLOOR)/.installed: $(INSTALLED) constraints-floor.txt
 
 test-floor: $(FLOOR)/.installed
 	$(FLOOR)/bin/python -m pytest -n 2 --dist loadfile
+
+# PEFT's own tests, with SEAL lifted into it. Its wheel has none, its source package does.
+$(PEFT_SOURCE)/.unpacked: $(INSTALLED)
+	rm -rf $(PEFT_SOURCE)
+	$(PIP) download -c constraints.txt --no-deps --no-build-isolation --no-binary peft --dest $(PEFT_SOURCE) peft
+	tar --extract --gzip --strip-components=1 --directory=$(PEFT_SOURCE) --file=$$(ls $(PEFT_SOURCE)/peft-*.tar.gz)
+	touch $@
+
+test-peft: $(PEFT_SOURCE)/.unpacked
+	PEFT_SOURCE=$(abspath $(PEFT_SOURCE)) $(BIN)/python -m pytest tests/test_lift.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -179,8 +179,8 @@ class AnswerCollator:
 
     The full logits of a long input are its largest tensor by far, and all but the answers' rows are thrown away. So
     the batch says how many positions at the end to keep (`logits_to_keep`, a plain int: every architecture knows this
-    form) and brings the labels of these positions, as they are (`labels`) and already shifted (`shift_labels`). Loss and
-    gradients are those of full logits. Rows are padded on the left, so that all answers stand at the end.
+    form) and brings the labels of these positions, as they are (`labels`) and already shifted (`shift_labels`). Loss
+    and gradients are those of full logits. Rows are padded on the left, so that all answers stand at the end.
 
     A single row, or rows of one length, come without a mask: that keeps flash attention kernels usable.
 

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 import torch
-from peft import PeftConfig
+from peft.config import PeftConfig
 from peft.utils import load_peft_weights
 from torch import nn
 

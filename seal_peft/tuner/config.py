@@ -161,6 +161,8 @@ class SealConfig(PeftConfig):
         weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         check_weights_file(weights)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, SealConfig):  # PEFT reads a folder of any method with any method's class
+            return config
         if os.path.isfile(weights):
             with safe_open(weights, framework="pt") as file:
                 for key in file.keys():  # noqa: SIM118 (not a dict)

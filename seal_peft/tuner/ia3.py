@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import IA3Config, PeftConfig
+from peft.config import PeftConfig
+from peft.tuners.ia3 import IA3Config
 from peft.utils import get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
