@@ -192,7 +192,8 @@ def _convert_gguf(source: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.model_max_length = config.max_position_embeddings
-    # Older transformers take the beginning-of-text token of a GGUF file for its end-of-text token.
+    # Older transformers read these wrongly from a GGUF file, or guess them.
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
     tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(folder)

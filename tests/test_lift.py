@@ -18,7 +18,7 @@ from peft_suite import add_seal
 
 HERE = Path(__file__).parent
 CONTRACT = ["test_peft_contract.py", "test_peft_contract_more.py"]
-HELPERS = ["conftest.py", "custom_model.py", "models.py", "versions.py"]
+HELPERS = ["conftest.py", "custom_model.py", "models.py", "upstream.py", "versions.py"]
 
 
 def copy_of_peft(folder: Path, with_context: bool = True) -> Path:
