@@ -21,7 +21,7 @@ from .demo import DemoArguments, demo
 from .evaluate import EvaluateArguments, evaluate
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
-from .report import ReportArguments, markdown_table, overall_rows, report
+from .report import ReportArguments, guard_tables, markdown_table, overall_rows, report
 from .train import RECIPES, SealTrainingArguments, TrainArguments, train
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -202,16 +202,29 @@ def _stage_parser(name: str, stage: Stage) -> HfArgumentParser:
 
 
 def _show(result: Any) -> None:
-    """Print what a stage made: a table of accuracies, or the path that was written."""
+    """Print what a stage made: tables of scores, a report, or the path that was written."""
     if isinstance(result, dict) and "systems" in result:
         _show_table(overall_rows(result))
-    elif result:  # of several processes, only the first has something to show
+        for title, rows in guard_tables(result).items():
+            sys.stdout.write(f"\n{title}\n")
+            _show_table(rows)
+        return
+    if isinstance(result, Path) and result.suffix == ".md" and _draws():
+        from rich.console import Console
+        from rich.markdown import Markdown
+
+        Console().print(Markdown(result.read_text(encoding="utf-8"), hyperlinks=False))
+    if result:  # of several processes, only the first has something to show
         sys.stdout.write(f"{result}\n")
 
 
+def _draws() -> bool:
+    """Whether rich draws tables, for a person at a terminal; files, pipes and those without rich get Markdown."""
+    return sys.stdout.isatty() and find_spec("rich") is not None
+
+
 def _show_table(rows: list[list[str]]) -> None:
-    """Print a table: drawn by rich for a person at a terminal, in Markdown for files, pipes, and without rich."""
-    if not sys.stdout.isatty() or find_spec("rich") is None:
+    if not _draws():
         sys.stdout.write(markdown_table(rows) + "\n")
         return
     from rich.console import Console

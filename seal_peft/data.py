@@ -95,8 +95,9 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
             try:
                 sample = Sample.from_row(json.loads(line))
             except ValueError as error:
-                # Not a sample, or not even JSON or UTF-8.
-                raise ValueError(f"{path}, line {number}: {error} See 'Your own files' in docs/tasks.md.") from error
+                not_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
+                problem = f"The row is not JSON ({error})." if not_json else error
+                raise ValueError(f"{path}, line {number}: {problem} See 'Your own files' in docs/tasks.md.") from error
             first = lines_of_ids.setdefault(sample.id, number)
             if first != number:
                 raise ValueError(f"{path}, line {number}: the id {sample.id!r} is already that of line {first}.")
@@ -140,18 +141,32 @@ def _scaled(parameters: dict[str, Any], window: int, one_of_several: bool) -> in
     return window
 
 
-def check_window(model_config: PretrainedConfig, length: int) -> None:
+def has_position_table(model_config: PretrainedConfig) -> bool:
+    """Return whether positions are a learned table, which has no entry beyond the window.
+
+    Args:
+        model_config: Configuration of the model; multimodal ones are asked for their text part.
+    """
+    return window_of(model_config) is not None and not getattr(model_config.get_text_config(), "rope_parameters", None)
+
+
+def check_window(
+    model_config: PretrainedConfig, length: int, window: int | None = None, beyond: bool | None = None
+) -> None:
     """Refuse lengths that the model's positions do not reach.
 
     Args:
         model_config: Configuration of the model; multimodal ones are asked for their text part.
         length: Tokens of the longest sequence, its answer included.
+        window: What the model reaches, if something extends it that its configuration does not tell.
+        beyond: What the user said to `--allow_beyond_window`; `None` where there is no such flag. A learned table has
+            nothing beyond, whatever they said.
 
     Raises:
         ValueError: If `length` exceeds the window.
     """
-    window = window_of(model_config)
-    if window is None or length <= window:
+    window = window or window_of(model_config)
+    if window is None or length <= window or (beyond and not has_position_table(model_config)):
         return
     config = model_config.get_text_config()
     parameters = getattr(config, "rope_parameters", None)
@@ -168,4 +183,5 @@ def check_window(model_config: PretrainedConfig, length: int) -> None:
         f"{start}Use lengths up to {window}, or extend the window by RoPE scaling: in the model's config.json, set "
         f"rope_parameters to NTK (rope_type='dynamic') or YaRN (rope_type='yarn') with a factor of at least "
         f"{math.ceil(100 * length / original) / 100:.2f}."
+        + (" For lengths beyond the window all the same, pass --allow_beyond_window." if beyond is False else "")
     )

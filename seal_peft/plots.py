@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .files import write_json
+from .tuner.queries import QUERY_NAMES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,9 +51,14 @@ def plot_lengths(metrics: dict[str, Any], task: str, path: Path) -> Path:
         `path`.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is missing. The JSON of the numbers is written all the same.
     """
     cells = [cell for cell in metrics["cells"] if cell["task"] == task and cell["depth"] is None]
+    threshold = metrics.get("effective_lengths", {}).get("threshold")
+    windows = {name: window for name, window in metrics.get("windows", {}).items() if window is not None}
+    numbers = {"task": task, "threshold": threshold, "windows": windows, "cells": cells}
+    write_json(path.with_suffix(".json"), numbers)
+
     lengths = sorted({cell["length"] for cell in cells})
     systems = list(metrics["systems"])
     figure = new_figure(7, 4.2)
@@ -69,11 +75,13 @@ def plot_lengths(metrics: dict[str, Any], task: str, path: Path) -> Path:
         colour = _BASE_COLOUR if system == "base" else _COLOURS[(number - ("base" in systems)) % len(_COLOURS)]
         marker = _MARKERS[number % len(_MARKERS)]
         axes.errorbar(places, scores, yerr=reach, label=system, color=colour, marker=marker, capsize=3, linewidth=1.8)
-    threshold = metrics.get("effective_lengths", {}).get("threshold")
+        outside = [index for index, n in enumerate(lengths) if n > windows.get(system, n)]
+        x, y = [places[index] for index in outside], [scores[index] for index in outside]
+        axes.plot(x, y, linestyle="", marker=marker, color=colour, markerfacecolor="white", zorder=5)
     if threshold is not None:
         axes.axhline(threshold, color="#999999", linestyle=":", linewidth=1)
         axes.annotate(
-            f"effective from {threshold:g}",
+            f"effective length:\nat least {threshold:g}",
             (1, threshold),
             xycoords=("axes fraction", "data"),
             xytext=(4, 0),
@@ -82,17 +90,19 @@ def plot_lengths(metrics: dict[str, Any], task: str, path: Path) -> Path:
             fontsize=8,
             color="#666666",
         )
-    counts = sorted({cell["n"] for cell in cells})
-    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    hollow = any(length > windows.get(system, length) for system in systems for length in lengths)
+    beyond = "; hollow: beyond the system's window" if hollow else ""
     axes.set(xlabel="length in tokens", ylabel="mean score", ylim=(-0.03, 1.03))
-    axes.set_title(f"{task}: score by length\n{samples} samples a point, 95% intervals", fontsize=11)
+    axes.set_title(f"{task}: score by length\n{_counted(cells)} a point, 95% intervals{beyond}", fontsize=11)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=min(4, len(systems)), frameon=False)
-    return _save(figure, path, {"task": task, "threshold": threshold, "cells": cells})
+    # As many names in a row as there is room for.
+    columns = max(1, 64 // (6 + max(map(len, systems))))
+    figure.legend(loc="outside lower center", ncols=min(columns, len(systems)), frameon=False)
+    return _save(figure, path)
 
 
 def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
@@ -107,7 +117,7 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
         `path`, or `None` where the results of the task do not go by depth.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is missing. The JSON of the numbers is written all the same.
     """
     cells = [cell for cell in metrics["cells"] if cell["task"] == task and cell["depth"] is not None]
     lengths, depths = ([*sorted({cell[name] for cell in cells})] for name in ("length", "depth"))
@@ -121,31 +131,34 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
     base = scores.get("base")
     others = {name: values for name, values in scores.items() if name != "base"}
     differences = {name: _difference(values, base) for name, values in others.items()} if base else {}
+    numbers = {"task": task, "lengths": lengths, "depths": depths, "scores": scores, "differences": differences}
+    write_json(path.with_suffix(".json"), numbers)
 
     width = max(3.0, 1.2 + 0.55 * len(lengths))
     height = max(2.4, 0.9 + 0.3 * len(depths))
     rows = 2 if differences else 1
-    figure = new_figure(0.9 + width * len(scores), 0.6 + height * rows)
+    figure = new_figure(1.5 + width * len(scores), 0.8 + height * rows)
     grid = figure.subplots(rows, len(scores), squeeze=False, sharex=True, sharey=True)
     for axes, (name, values) in zip(grid[0], scores.items(), strict=True):
         image = _draw_map(axes, values, lengths, depths, name, "viridis", (0, 1))
     figure.colorbar(image, ax=list(grid[0]), label="mean score", fraction=0.05)
     for axes, name in zip(grid[1] if differences else (), scores, strict=False):
         if name == "base":
-            axes.set_visible(False)
+            axes.set_axis_off()
+            axes.text(0.5, 0.5, "difference to the base,\nfield by field", ha="center", transform=axes.transAxes)
             continue
-        image = _draw_map(axes, differences[name], lengths, depths, f"{name} - base", "RdBu", (-1, 1))
+        image = _draw_map(axes, differences[name], lengths, depths, f"{name} \N{MINUS SIGN} base", "RdBu", (-1, 1))
+        axes.tick_params(labelleft=True)
     if differences:
-        figure.colorbar(image, ax=list(grid[1]), label="difference (blue: better)", fraction=0.05)
-    for row in grid:
-        first = next(axes for axes in row if axes.get_visible())
-        first.set_ylabel("depth of the fact\n(0 start, 1 end)")
-        first.tick_params(labelleft=True)
+        figure.colorbar(image, ax=list(grid[1]), label="difference (blue: better than base)", fraction=0.05)
+    figure.supylabel("depth of the fact (0 start, 1 end of the context)", fontsize=10)
+    figure.suptitle(f"{task}: score by depth and length, {_counted(cells)} a field")
+    return _save(figure, path)
+
+
+def _counted(cells: list[dict[str, Any]]) -> str:
     counts = sorted({cell["n"] for cell in cells})
-    samples = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
-    figure.suptitle(f"{task}: score by depth and length, {samples} samples a field")
-    numbers = {"task": task, "lengths": lengths, "depths": depths, "scores": scores, "differences": differences}
-    return _save(figure, path, numbers)
+    return f"{counts[0]} samples" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} samples"
 
 
 def _difference(values: list[list[Any]], base: list[list[Any]]) -> list[list[float | None]]:
@@ -169,7 +182,7 @@ def _draw_map(
     image: Any = axes.imshow(numbers, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
     axes.set_title(title, fontsize=10)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
-    axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
+    axes.set_yticks(range(len(depths)), [f"{round(depth, 2):g}" for depth in depths])
     axes.set_xlabel("length in tokens")
     axes.tick_params(labelbottom=True)
     if len(lengths) * len(depths) <= _MOST_NUMBERS:
@@ -178,7 +191,8 @@ def _draw_map(
                 if value is not None:
                     red, green, blue, _ = image.to_rgba(value)
                     dark = 0.3 * red + 0.59 * green + 0.11 * blue < 0.5
-                    text = f"{value:.2f}" if limits[0] == 0 else f"{value:+.2f}"
+                    text = f"{value:.2f}" if limits[0] == 0 or not value else f"{value:+.2f}"
+                    text = text.replace("-", "\N{MINUS SIGN}")
                     axes.text(x, y, text, ha="center", va="center", fontsize=7, color="white" if dark else "black")
     return image
 
@@ -195,39 +209,47 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
         `path`.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib is missing. The JSON of the numbers is written all the same.
     """
     maps = scale_maps(layers)
+    write_json(path.with_suffix(".json"), {"layers": list(layers), "maps": maps})
     figure = new_figure(1.5 + 4.5 * len(maps), 6)
     for axes, (title, values) in zip(figure.subplots(1, len(maps), squeeze=False)[0], maps.items(), strict=True):
-        if title.startswith("scale"):
-            reach = max(*(abs(value - 1) for row in values for value in row), 1e-6)
+        if title.startswith("scale"):  # 1 is unchanged
+            reach = max(*(abs(value - 1) for row in values for value in row), 1e-3)
             image = axes.imshow(values, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
+            label = "scale (red: emphasised, white: unchanged, blue: muted)"
         else:
-            image = axes.imshow(values, cmap="viridis", vmin=0, aspect="auto")
+            reach = max(*(value for row in values for value in row), 1e-3)
+            image = axes.imshow(values, cmap="viridis", vmin=0, vmax=reach, aspect="auto")
+            label = "root mean square of scale \N{MINUS SIGN} 1 (0: unchanged)"
         axes.set(title=title, xlabel="head", ylabel="layer")
-        figure.colorbar(image, ax=axes, shrink=0.8)
-    return _save(figure, path, {"layers": list(layers), "maps": maps})
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        figure.colorbar(image, ax=axes, shrink=0.8, label=label)
+    return _save(figure, path)
 
 
 def scale_maps(layers: dict[str, Tensor]) -> dict[str, list[list[float]]]:
     """Return one number per layer and head, by title; layers with fewer heads are filled up as unchanged."""
-    values = list(layers.values())
-    width = max(len(value) for value in values)
+    queries = [value for name, value in layers.items() if name.rpartition(".")[2] in QUERY_NAMES]
+    outputs = [value for name, value in layers.items() if name.rpartition(".")[2] not in QUERY_NAMES]
+    width = max(len(value) for value in layers.values())
 
     def rows(per_head: list[Tensor], unchanged: float) -> list[list[float]]:
         return [row.tolist() + [unchanged] * (width - len(row)) for row in per_head]
 
-    if values[0].dim() == 1:
-        return {"scale": rows(values, 1.0)}
-    return {
-        "scale, mean over channels": rows([value.mean(-1) for value in values], 1.0),
-        "spread of channels around 1": rows([(value - 1).square().mean(-1).sqrt() for value in values], 0.0),
-    }
+    maps = {}
+    if outputs and outputs[0].dim() == 1:
+        maps["scale"] = rows(outputs, 1.0)
+    elif outputs:
+        maps["scale, mean over channels"] = rows([value.mean(-1) for value in outputs], 1.0)
+        maps["spread of channels around 1"] = rows([(v - 1).square().mean(-1).sqrt() for v in outputs], 0.0)
+    if queries:
+        maps["scale of the query"] = rows(queries, 1.0)
+    return maps
 
 
-def _save(figure: Figure, path: Path, numbers: dict[str, Any]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _save(figure: Figure, path: Path) -> Path:
     figure.savefig(path, dpi=150)
-    write_json(path.with_suffix(".json"), numbers)
     return path

@@ -6,13 +6,25 @@ seal-peft report --metrics_file runs/demo/eval/metrics.json --adapter runs/demo/
 from __future__ import annotations
 
 import json
+import logging
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from .files import replacing
-from .plots import new_figure, plot_depths, plot_lengths, plot_scales
+from .plots import plot_depths, plot_lengths, plot_scales
+from .statistics import MEAN_OF_TASKS
+from .tasks import TASKS
 from .tuner import scales
+
+logger = logging.getLogger(__name__)
+
+
+_ABOUT = {"Model": "model_name_or_path", "Samples": "test_file"}
+_ABOUT_P = "p: how probable so uneven a count of better and worse answers is if neither system is better."
 
 
 @dataclass
@@ -28,7 +40,8 @@ def report(arguments: ReportArguments) -> Path:
     """Write `report.md` and its pictures, each with a JSON file of the same name.
 
     For a metrics file: `TASK-lengths.png` for every task, and `TASK-depths.png` where results go by depth. For an
-    adapter: `scales.png`.
+    adapter: `scales.png`. Without matplotlib the tables and the JSON files are written, and a line says how to get the
+    pictures.
 
     Args:
         arguments: See `ReportArguments`.
@@ -38,18 +51,17 @@ def report(arguments: ReportArguments) -> Path:
 
     Raises:
         ValueError: Neither a metrics file nor an adapter is given, or a file is not what it should be.
-        ImportError: matplotlib is missing.
     """
     if arguments.metrics_file is None and arguments.adapter is None:
         raise ValueError("There is nothing to report: give --metrics_file, --adapter or both.")
-    new_figure(1, 1)  # Without matplotlib nothing is written.
     folder = Path(arguments.output_dir)
     parts = ["# Report"]
     if arguments.metrics_file is not None:
         parts += _results(_read_metrics(Path(arguments.metrics_file)), folder)
     if arguments.adapter is not None:
-        picture = plot_scales(scales(arguments.adapter), folder / "scales.png")
-        parts += ["## Scales", f"![Learned scales by layer and head]({picture.name})", "1 is unchanged."]
+        draw = partial(plot_scales, scales(arguments.adapter))
+        parts += ["## Scales", *_picture(draw, folder / "scales.png", "Learned scales by layer and head")]
+        parts.append(f"Of {arguments.adapter}. 1 is unchanged.")
     path = folder / "report.md"
     with replacing(path) as file:
         file.write("\n\n".join(parts) + "\n")
@@ -58,32 +70,54 @@ def report(arguments: ReportArguments) -> Path:
 
 def _results(metrics: dict[str, Any], folder: Path) -> list[str]:
     """Paragraphs about what was measured; draws their pictures."""
-    parts = ["## Accuracy", markdown_table(overall_rows(metrics))]
-    parts.append("p: how probable so uneven a count of better and worse answers is if neither system is better.")
-    parts += ["## By length", markdown_table(length_rows(metrics))]
-    for task in sorted({cell["task"] for cell in metrics["cells"]}):
-        picture = plot_lengths(metrics, task, folder / f"{task}-lengths.png")
-        parts.append(f"![{task}: score by length]({picture.name})")
-        if plot_depths(metrics, task, folder / f"{task}-depths.png"):
-            parts.append(f"![{task}: score by depth and length]({task}-depths.png)")
+    tasks = sorted({cell["task"] for cell in metrics["cells"]})
+    arguments = metrics.get("arguments", {})
+    parts = [f"{name}: `{arguments[key]}`" for name, key in _ABOUT.items() if key in arguments]
+    parts.append("\n".join(f"- `{task}`: {TASKS[task].description}" for task in tasks if task in TASKS))
+    parts += ["## Scores", markdown_table(overall_rows(metrics))]
+    parts.append(f"Mean over all samples. {_ABOUT_P}")
+    parts += ["## By length", markdown_table(length_rows(metrics)), "Mean score, in brackets its 95% interval."]
+    if beyond := _beyond(metrics):
+        parts.append(f"\\* longer than what the system reaches: {beyond}.")
+    for task in tasks:
+        for kind, plot in (("length", plot_lengths), ("depth and length", plot_depths)):
+            name = f"{task}-{kind.partition(' ')[0]}s.png"
+            parts += _picture(partial(plot, metrics, task), folder / name, f"{task}: score by {kind}")
     if reached := metrics.get("effective_lengths"):
         parts += [
             "## Effective length",
             f"The greatest length with a mean score of at least {reached['threshold']:g}.",
         ]
         parts.append(markdown_table(effective_rows(reached["systems"])))
-    if guard := metrics.get("guard"):
-        parts += ["## Short contexts", markdown_table(guard_rows(guard))]
-        parts.append("Held-out essays; loss in nats a token. A difference above 0 is harm.")
+    if tables := guard_tables(metrics):
+        parts += ["## Short contexts", "Whether an adapter harms what the model could do before."]
+        for title, rows in tables.items():
+            parts += [title, markdown_table(rows)]
     if own := [task for task, wording in metrics.get("wording", {}).items() if "own" in wording]:
         parts.append(f"In a wording of our own, so not comparable with published scores: {', '.join(own)}.")
     versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items() if number)
     return [*parts, f"{metrics['device']}; {versions}; commit {metrics['commit']}; {metrics['date']}."]
 
 
+def _beyond(metrics: dict[str, Any]) -> str:
+    """Systems that were asked beyond their windows, with these."""
+    longest = max(cell["length"] for cell in metrics["cells"])
+    windows = metrics.get("windows", {}).items()
+    return ", ".join(f"{name} {window} tokens" for name, window in windows if window and window < longest)
+
+
+def _picture(draw: Callable[[Path], Path | None], path: Path, what: str) -> list[str]:
+    """Draw a picture and return the paragraph that shows it; none where there is nothing to draw."""
+    try:
+        return [f"![{what}]({path.name})"] if draw(path) else []
+    except ImportError as error:
+        logger.warning("%s: the numbers are in %s. %s", what, path.with_suffix(".json"), error)
+        return [f"{what}: the numbers are in [{path.stem}.json]({path.stem}.json). {error}"]
+
+
 def overall_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of all systems, the header first."""
-    rows = [["system", "accuracy", "95% interval", "samples", "difference to base", "p"]]
+    rows = [["system", "score", "95% interval", "samples", "difference to base", "p"]]
     for name, result in metrics["systems"].items():
         row = [name, f"{result['accuracy']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}", str(result["n"])]
         difference = result.get("difference_to_base")
@@ -98,6 +132,18 @@ def effective_rows(reached: dict[str, dict[str, int | None]]) -> list[list[str]]
     return [["task", *reached], *([task, *(str(own[task] or "none") for own in reached.values())] for task in tasks)]
 
 
+def guard_tables(metrics: dict[str, Any]) -> dict[str, list[list[str]]]:
+    """Tables of the guard by title, each with its header first; none without `--guard`."""
+    guard = metrics.get("guard")
+    if not guard:
+        return {}
+    tables = {"Held-out essays, loss in nats a token (a difference above 0 is harm):": guard_rows(guard)}
+    for task in next(iter(guard.values())).get("tasks", {}):
+        title = f"`{task}`: {TASKS[task].description} A difference below 0 is harm."
+        tables[title] = overall_rows({"systems": {name: own["tasks"][task] for name, own in guard.items()}})
+    return tables
+
+
 def guard_rows(guard: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of perplexities, the header first."""
     rows = [["system", "perplexity", "loss", "95% interval", "difference to base"]]
@@ -110,15 +156,29 @@ def guard_rows(guard: dict[str, Any]) -> list[list[str]]:
 
 
 def length_rows(metrics: dict[str, Any]) -> list[list[str]]:
-    """Rows of a table of accuracy against task and length, one column per system, the header first."""
+    """Rows of a table of scores against task and length, one column per system, the header first.
+
+    With several tasks, the mean of the tasks follows for each length that all of them have.
+    """
     cells = [cell for cell in metrics["cells"] if cell["depth"] is None]
-    systems = list(metrics["systems"])
+    systems, windows = list(metrics["systems"]), metrics.get("windows", {})
     found = {(cell["task"], cell["length"], cell["system"]): cell for cell in cells}
     rows = [["task", "length", "samples", *systems]]
     for task, length in sorted({(cell["task"], cell["length"]) for cell in cells}):
         group = [found[task, length, system] for system in systems]
-        accuracies = [f"{cell['accuracy']:.3f}" for cell in group]
-        rows.append([task, str(length), str(group[0]["n"]), *accuracies])
+        marks = ["\\*" if length > (windows.get(system) or length) else "" for system in systems]
+        scores = [
+            f"{cell['accuracy']:.3f}{mark} ({cell['low']:.2f} to {cell['high']:.2f})"
+            for cell, mark in zip(group, marks, strict=True)
+        ]
+        rows.append([task, str(length), str(group[0]["n"]), *scores])
+    tasks = {cell["task"] for cell in cells}
+    for length in sorted({cell["length"] for cell in cells}) if len(tasks) > 1 else ():
+        if all((task, length, systems[0]) in found for task in tasks):
+            groups = [[found[task, length, system]["accuracy"] for task in tasks] for system in systems]
+            means = [f"{math.fsum(group) / len(group):.3f}" for group in groups]
+            samples = sum(found[task, length, systems[0]]["n"] for task in tasks)
+            rows.append([MEAN_OF_TASKS, str(length), str(samples), *means])
     return rows
 
 

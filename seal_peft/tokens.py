@@ -39,6 +39,20 @@ def encode_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[in
     return _encode(_pieces(sample, tokenizer)[:-1], tokenizer)[0]
 
 
+def encode_question(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Tokens of the prompt, as `encode_prompt` gives them, and of the right answer to it, its end of turn last.
+
+    Args:
+        sample: A sample with any number of questions.
+        tokenizer: The model's tokenizer.
+
+    Returns:
+        Token ids of both; together they are the `input_ids` of `encode_training`.
+    """
+    *before, answer = _pieces(sample, tokenizer)
+    return _encode(before, tokenizer)[0], _continuation_ids(before[-1].text, answer.text, tokenizer)
+
+
 def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[str, list[int]]:
     """Tokens of the whole conversation, with labels on what the model is to say.
 

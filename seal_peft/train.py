@@ -29,7 +29,7 @@ from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer,
 from .provenance import provenance
 from .tokens import AnswerCollator, encode_training
 from .tuner import SealConfig, save_adapter, scales
-from .tuner.config import Granularity
+from .tuner.config import Granularity, check_sites
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
 # question each, constant learning rate, one epoch.
@@ -55,6 +55,10 @@ class TrainArguments:
     train_file: str = field(metadata={"help": "Samples, one JSON row each, as `seal-peft make-data` writes them."})
     granularity: Granularity = field(
         default="channel", metadata={"help": "One scale per attention `head` or per `channel`."}
+    )
+    sites: list[str] = field(
+        default_factory=lambda: ["output"],
+        metadata={"help": "What is scaled: the `output` of each head, its `query` (a temperature), or both."},
     )
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Layers to adapt. Default: all."})
     recipe: str = field(default="default", metadata={"help": f"Named settings: {', '.join(RECIPES)}. Flags win."})
@@ -120,7 +124,8 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         raise ValueError(f"{arguments.train_file} holds no samples. Make some with `seal-peft make-data`.")
     config = SealConfig(
         task_type="CAUSAL_LM",
-        granularity=arguments.granularity,
+        granularity=arguments.granularity if "output" in arguments.sites else "head",
+        sites=check_sites(arguments.sites),
         layers_to_transform=arguments.layers_to_transform,
     )
     pick_dtype(arguments.dtype)

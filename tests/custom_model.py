@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import types
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
@@ -13,6 +14,8 @@ from seal_peft import SealConfig
 
 DECODERS = ["llama", "qwen2", "qwen3", "gemma3_text", "opt", "gpt2"]
 CASES = [*DECODERS, "custom"]
+# "query" is one scale per head on outputs and queries. The custom model's queries are fused in an order of its own.
+KINDS = ["head", "channel", "query"]
 HEADS, HEAD_DIM = 3, 8
 
 
@@ -76,10 +79,23 @@ def base(name: str) -> nn.Module:
     return model.eval()
 
 
+def cases(names: list[str] = CASES, merged: bool = False) -> pytest.MarkDecorator:
+    """Parametrize a test over models and kinds of adapters; `merged` leaves out norms that take no scale per head."""
+    without_query = ["custom", "qwen3", "gemma3_text"] if merged else ["custom"]
+    pairs = [(name, kind) for name in names for kind in KINDS if kind != "query" or name not in without_query]
+    return pytest.mark.parametrize(("name", "granularity"), pairs)
+
+
+def sites(kind: str) -> int:
+    """Return how many modules of an attention layer an adapter of this kind scales."""
+    return 2 if kind == "query" else 1
+
+
 def config(name: str, granularity: str = "head", **kwargs) -> SealConfig:
     """Return the settings with which SEAL finds the heads of a model."""
     told = {"target_modules": ["attention.mix"], "num_attention_heads": HEADS} if name == "custom" else {}
-    return SealConfig(granularity=granularity, **{**told, **kwargs})
+    kind = {"sites": ("output", "query")} if granularity == "query" else {"granularity": granularity}
+    return SealConfig(**{**told, **kind, **kwargs})
 
 
 def adapt(

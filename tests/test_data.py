@@ -27,7 +27,7 @@ import tokenizers_for_tests as tokenizers_
 from seal_peft import data, tokens
 from seal_peft.data import check_window, make_samples, read_samples, window_of, write_samples
 from seal_peft.tasks import Sample, lines
-from seal_peft.tokens import IGNORED, AnswerCollator, encode_prompt, encode_training
+from seal_peft.tokens import IGNORED, AnswerCollator, encode_prompt, encode_question, encode_training
 
 TOKENIZERS = {
     "base": tokenizers_.bpe(),
@@ -235,6 +235,7 @@ def test_training_tokens_begin_with_exactly_the_prompt_tokens(tokenizer, questio
     answer = encoded["input_ids"][len(prompt) :]
     assert encoded["labels"][len(prompt) :] == answer
     assert answer[-1] == tokenizer.eos_token_id
+    assert encode_question(sample, tokenizer) == (prompt, answer)
 
 
 @pytest.mark.parametrize("name", [name for name in TOKENIZERS if name != "words"])

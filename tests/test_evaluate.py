@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import shutil
 import signal
 from pathlib import Path
@@ -255,10 +256,26 @@ def test_a_hub_id_is_known_by_the_commit_that_was_downloaded(tmp_path: Path, mon
 # --- harm to short contexts ----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def roomy(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The house with a window that holds short passages in the tokens of a tiny tokenizer."""
+    folder = Path(shutil.copytree(house, tmp_path_factory.mktemp("roomy") / "house"))
+    for model in ("model", "merged"):
+        config = json.loads((folder / model / "config.json").read_text())
+        (folder / model / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 8192}))
+    return folder
+
+
 @nvidia.needs_nvidia
-def test_the_guard_measures_every_system_on_the_same_text_and_once(house: Path, tmp_path: Path) -> None:
-    models_ = [f"folded={house / 'merged'}"]
-    guard = evaluate_in(house, tmp_path, ("seal", "lora"), models=models_, guard=True)["guard"]
+def test_the_guard_measures_every_system_on_the_same_text_and_once(
+    roomy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("seal_peft.guard._SAMPLES", 10)
+    systems, settings = ("seal", "lora"), {"models": [f"folded={roomy / 'merged'}"], "max_new_tokens": 2}
+    evaluate_in(roomy, tmp_path, systems, **settings)
+    unguarded, own_rows = numbers_of(tmp_path), rows_of(tmp_path)
+    guard = evaluate_in(roomy, tmp_path, systems, **settings, guard=True)["guard"]
+    assert numbers_of(tmp_path) == unguarded
     assert list(guard) == ["base", "seal", "lora", "folded"]
     assert "difference_to_base" not in guard["base"]
     for name in ("seal", "lora"):
@@ -266,10 +283,18 @@ def test_the_guard_measures_every_system_on_the_same_text_and_once(house: Path, 
         assert difference["mean"] == pytest.approx(guard[name]["loss"] - guard["base"]["loss"])
         assert difference["low"] <= difference["mean"] <= difference["high"]
     assert guard["folded"]["loss"] == pytest.approx(guard["seal"]["loss"], rel=1e-4)
-    rows = (tmp_path / "predictions.jsonl").read_text()
-    assert evaluate_in(house, tmp_path, ("seal", "lora"), models=models_, guard=True)["guard"] == guard
-    assert (tmp_path / "predictions.jsonl").read_text() == rows
-    assert "guard" not in evaluate_in(house, tmp_path, ("seal", "lora"), models=models_)
+    rows = rows_of(tmp_path)
+    assert rows[: len(own_rows)] == own_rows
+    for task in ("guard_qa", "guard_instructions"):
+        for name, own in guard.items():
+            scores = {row["id"]: row["score"] for row in rows if (row.get("task"), row["system"]) == (task, name)}
+            assert len(scores) == own["tasks"][task]["n"] == 10
+            assert own["tasks"][task]["accuracy"] == pytest.approx(sum(scores.values()) / 10)
+            assert ("difference_to_base" in own["tasks"][task]) == (name != "base")
+    assert evaluate_in(roomy, tmp_path, systems, **settings, guard=True)["guard"] == guard
+    assert rows_of(tmp_path) == rows
+    assert "guard" not in evaluate_in(roomy, tmp_path, systems, **settings)
+    assert rows_of(tmp_path) == own_rows
 
 
 # --- the window ----------------------------------------------------------------------------------------------------
@@ -338,7 +363,7 @@ def test_names_batches_lengths_and_rows_are_checked_first(refused, own_house: Pa
 def test_an_adapter_of_another_base_is_found_before_the_model_is_loaded(refused, own_house: Path) -> None:
     save_model(own_house / "model", weights=False, head_dim=8)
     complaint = refused("--adapters", own_house / "seal")
-    assert "trained on 2 attention layers with (num_heads, head_dim) = (4, 12)" in complaint
+    assert re.search(r"trained on 2 [\w ]+ with \(num_heads, head_dim\) = \(4, 12\)", complaint)
     for name in ("lora", "ia3"):
         complaint = refused("--adapters", own_house / name)
         assert f"{name} does not fit the model" in complaint
@@ -353,6 +378,8 @@ def test_a_row_that_cannot_be_scored_is_named_by_line_and_field(refused, own_hou
     row = {**json.loads(rows[1]), "answers": ["landlord"]}
     broken.write_text(rows[0] + json.dumps(row) + "\n")
     assert "broken.jsonl, line 2: Field 'answers': " in refused(test_file=broken)
+    broken.write_text(rows[0] + rows[1][:50] + "\n")
+    assert "broken.jsonl, line 2: The row is not JSON (" in refused(test_file=broken)
     broken.write_text(rows[0] + json.dumps({**row, "depth": 7}) + "\n")
     assert "broken.jsonl, line 2: Field 'depth' must be a number from 0 to 1" in refused(test_file=broken)
 

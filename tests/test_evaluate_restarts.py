@@ -25,7 +25,7 @@ MEANINGFUL = ("systems", "cells", "effective_lengths", "guard")
 @pytest.fixture(scope="module")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("house")
-    save_model(folder / "model")
+    save_model(folder / "model", max_position_embeddings=8192)  # the guard's passages are long in these tokens
     write_samples(folder / "test.jsonl", [*some_samples("test", 300, 16), *some_samples("test", 400, 8)])
     base = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     model = get_peft_model(base, SealConfig(task_type="CAUSAL_LM"))
@@ -45,10 +45,16 @@ def arguments_for(house: Path, folder: Path, **changes: Any) -> EvaluateArgument
     return EvaluateArguments(str(house / "model"), str(house / "test.jsonl"), str(folder), **settings)
 
 
+# A guard of four samples a task, here and in the processes below: what counts is that it goes through the same files.
+SMALL_GUARD = "import seal_peft.guard; seal_peft.guard._SAMPLES = 4"
+
+
 @pytest.fixture(scope="module")
 def clean(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clean")
-    evaluate(arguments_for(house, folder, guard=bool(nvidia.SPEC)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("seal_peft.guard._SAMPLES", 4)
+        evaluate(arguments_for(house, folder, guard=bool(nvidia.SPEC)))
     return folder
 
 
@@ -71,6 +77,8 @@ from pathlib import Path
 from seal_peft.evaluate import EvaluateArguments, evaluate
 house, folder, guard = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3] == "True"
 rng, rows_at_kills = random.Random(0), []
+if guard:
+    seal_peft.guard.make_guard([str(house / "model")])  # essays and questions are read once, before the forks
 
 def start(output):
     child = os.fork()
@@ -107,7 +115,7 @@ print(json.dumps([attempt + 1, rows_at_kills]))
 
 
 def test_ten_kills_at_random_moments_change_no_number(house: Path, clean: Path, tmp_path: Path) -> None:
-    ended = python(KILLER, house, tmp_path, bool(nvidia.SPEC))
+    ended = python(f"{SMALL_GUARD}\n{KILLER}", house, tmp_path, bool(nvidia.SPEC))
     assert ended.returncode == 0, ended.stderr
     attempts, rows_at_kills = json.loads(ended.stdout.splitlines()[-1])
     assert len(rows_at_kills) == 10
@@ -117,11 +125,12 @@ def test_ten_kills_at_random_moments_change_no_number(house: Path, clean: Path, 
         assert rows_of(tmp_path / str(attempt)) == rows_of(clean)
 
 
-def launch(house: Path, folder: Path, *words: str) -> subprocess.CompletedProcess:
+def launch(house: Path, folder: Path, script: Path, *words: str) -> subprocess.CompletedProcess:
+    script.write_text(f"{SMALL_GUARD}\nfrom seal_peft.cli import main\nraise SystemExit(main())\n")
     command = [
         *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-        *("-m", "seal_peft", "evaluate", "--model_name_or_path", house / "model", "--adapters", house / "seal"),
+        *(script, "evaluate", "--model_name_or_path", house / "model", "--adapters", house / "seal"),
         *("--test_file", house / "test.jsonl", "--output_dir", folder, "--dtype", "float32", "--max_new_tokens", "6"),
         *("--per_device_eval_batch_size", "2", *words),
     ]
@@ -129,15 +138,19 @@ def launch(house: Path, folder: Path, *words: str) -> subprocess.CompletedProces
     return subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
 
 
-def test_two_processes_give_the_results_of_one(house: Path, clean: Path, tmp_path: Path) -> None:
+def test_two_processes_give_the_results_of_one(
+    house: Path, clean: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     # As an interrupted run leaves it: rows in the file of a process, the last one cut off.
     first, second, third = (clean / "predictions.jsonl").read_bytes().splitlines(keepends=True)[:3]
     (tmp_path / "predictions.jsonl").write_bytes(first)
     part = tmp_path / "predictions.process-1.jsonl"
     part.write_bytes(second.replace(b'"answer": "', b'"answer": "made before ') + third[:30])
-    ended = launch(house, tmp_path, *(["--guard"] if bool(nvidia.SPEC) else []))
+    script = tmp_path_factory.mktemp("script") / "evaluate.py"
+    ended = launch(house, tmp_path, script, *(["--guard"] if bool(nvidia.SPEC) else []))
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout.count("| seal |") == 1
+    # Scores and, with the guard, essays, questions and instructions: by the first process alone.
+    assert ended.stdout.count("| seal |") == (4 if nvidia.SPEC else 1)
     assert numbers_of(tmp_path) == numbers_of(clean)
     assert {path.name for path in tmp_path.iterdir()} == {"predictions.jsonl", "metrics.json"}
     rows, expected = rows_of(tmp_path), rows_of(clean)

@@ -1,9 +1,17 @@
-"""Batches: nobody is forgotten, and none is larger than one batch of the longest prompts."""
+"""Batches: nobody is forgotten, and none is larger than one batch of the longest prompts. Answers: where they end."""
 
+from pathlib import Path
+
+import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seal_peft.generation import make_batches
+import models
+import tokenizers_for_tests as tokenizers_
+from seal_peft.generation import generate_answers, make_batches
+from seal_peft.systems import read_questions
+from stages import some_samples
 
 prompts_and_limits = st.lists(st.tuples(st.integers(1, 5000), st.sampled_from([8, 64, 128])), min_size=1, max_size=60)
 
@@ -30,3 +38,30 @@ def test_short_prompts_share_a_batch_with_more_others() -> None:
         [1000, 500],
         [250] * 7,
     ]
+
+
+def test_an_answer_ends_at_the_first_of_the_given_tokens() -> None:
+    tokenizer = tokenizers_.bpe(tokenizers_.CHATML)
+    model = models.llama(vocab_size=len(tokenizer))
+    prompt = tokenizer("line 17: REGISTER_CONTENT is <4")["input_ids"]
+    with torch.inference_mode():
+        written = model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=6, pad_token_id=0)
+    tokens = written[0, len(prompt) :].tolist()
+    assert len(set(tokens)) > 2
+    (answer,) = generate_answers(model, tokenizer, [prompt], 6, ends=[tokens[2]])
+    assert answer == tokenizer.decode(tokens[: tokens.index(tokens[2]) + 1])
+
+
+@pytest.mark.parametrize(
+    ("template", "end"), [(tokenizers_.CHATML, "<|im_end|>"), (tokenizers_.BRACKETS, "</s>"), (None, "</s>")]
+)
+def test_the_chat_template_says_how_a_turn_ends_whatever_the_tokenizer_calls_its_end(
+    tmp_path: Path, template: str | None, end: str
+) -> None:
+    """As a base model that an adapter taught to chat: its own end of text is another token."""
+    tokenizer = tokenizers_.bpe(template)
+    tokenizer.eos_token = "</s>"
+    models.llama(vocab_size=len(tokenizer)).config.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    questions = read_questions(str(tmp_path), some_samples("test"), None)
+    assert questions.ends == [tokenizer.convert_tokens_to_ids(end)]

@@ -2,6 +2,8 @@
 
 import math
 import re
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
 from seal_peft import assets
 from seal_peft.data import make_samples
-from seal_peft.guard import held_out_windows, summarise_guard, window_losses
-from seal_peft.tasks import SPLITS, TASKS, haystacks, metrics, qa
+from seal_peft.guard import held_out_windows, make_guard, summarise_guard, window_losses
+from seal_peft.tasks import SPLITS, TASKS, Sample, haystacks, metrics, qa
+from stages import save_model
 
 TOKENIZER = tokenizers_.words(tokenizers_.CHATML)
 
@@ -100,7 +103,7 @@ def test_perplexity_is_the_models_own_loss() -> None:
     model.eval()
     ids = torch.tensor(windows)
     assert losses == pytest.approx([model(input_ids=row, labels=row).loss.item() for row in ids[:, None]], rel=1e-5)
-    summary = summarise_guard({"base": losses}, {"base": windows}, "base")["base"]
+    summary = summarise_guard({"base": losses}, {"base": windows}, [], {}, "base")["base"]
     assert summary["loss"] == pytest.approx(sum(losses) / 5)
     assert summary["low"] <= summary["loss"] <= summary["high"]
     assert summary["perplexity"] == pytest.approx(math.exp(summary["loss"]))
@@ -110,11 +113,40 @@ def test_perplexity_is_the_models_own_loss() -> None:
 def test_losses_are_compared_window_by_window_and_only_on_the_same_tokens() -> None:
     losses = {"base": [2.0, 3.0, 4.0], "adapter": [2.5, 3.5, 4.5], "other": [1.0, 1.0]}
     windows = {"base": [[1, 2]] * 3, "adapter": [[1, 2]] * 3, "other": [[3, 4, 5]] * 2}
-    summary = summarise_guard(losses, windows, "base")
+    summary = summarise_guard(losses, windows, [], {}, "base")
     assert summary["adapter"]["difference_to_base"] == {"mean": 0.5, "low": 0.5, "high": 0.5}
     assert "difference_to_base" not in summary["base"]
     assert "difference_to_base" not in summary["other"]
     assert summary["other"]["tokens"] == 4
+
+
+def test_short_answers_are_compared_sample_by_sample() -> None:
+    places = [("guard_qa", 0.1), ("guard_qa", 0.9), ("guard_instructions", None), ("guard_instructions", None)]
+    turns = [{"role": "user", "content": "?"}]
+    samples = [Sample(str(i), task, 0, depth, turns, "1", ["1"], 0) for i, (task, depth) in enumerate(places)]
+    losses, windows = {"base": [2.0, 3.0], "adapter": [2.0, 3.0]}, {"base": [[1, 2]] * 2, "adapter": [[1, 2]] * 2}
+    scores = {"base": [0.5, 0.25, 1.0, 1.0], "adapter": [0.25, 0.0, 1.0, 0.0]}
+    summary = summarise_guard(losses, windows, samples, scores, "base")
+    assert summary["base"]["tasks"]["guard_qa"].keys() == {"accuracy", "low", "high", "n"}
+    short, small = summary["adapter"]["tasks"].values()
+    assert (short["accuracy"], short["n"], small["accuracy"], small["n"]) == (0.125, 2, 0.5, 2)
+    assert short["difference_to_base"] == {"mean": -0.25, "low": -0.25, "high": -0.25, "p_value": 0.5}
+    assert small["difference_to_base"]["mean"] == -0.5
+    assert small["difference_to_base"]["p_value"] == 1.0
+
+
+@nvidia.needs_nvidia
+def test_the_samples_of_the_guard_are_the_same_for_every_model(tmp_path: Path) -> None:
+    first, second = (
+        save_model(tmp_path / name, weights=False, max_position_embeddings=n) for name, n in (("a", 300), ("b", 2048))
+    )
+    both, one = make_guard([str(first), str(second)]), make_guard([str(second)])
+    assert both.samples == one.samples
+    assert {len(window) for window in both.essays[str(first)]} == {300}
+    assert {len(window) for window in both.essays[str(second)]} == {512}
+    assert Counter(sample.task for sample in one.samples) == {"guard_qa": 100, "guard_instructions": 100}
+    assert len({sample.id for sample in one.samples}) == 200
+    assert {sample.meta["split"] for sample in one.samples} == {"test"}
 
 
 @nvidia.needs_nvidia

@@ -40,6 +40,23 @@ def test_an_exported_adapter_is_a_stock_ia3_adapter(name, granularity, tmp_path)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(model), rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt2", "falcon-new-decoder"])
+def test_query_scales_are_factors_on_the_outputs_of_the_projection(name, tmp_path):
+    model = adapted(name, sites=("output", "query"))
+    export_ia3(model, tmp_path)
+    loaded = PeftModel.from_pretrained(base_model(name), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
+
+
+def test_query_scales_that_ia3_cannot_hold_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="Qwen3RMSNorm; IA3 knows linear layers only"):
+        export_ia3(adapted("qwen3", sites=("query",)), tmp_path / "ia3")
+    adapted("llama", sites=("query",)).save_pretrained(tmp_path / "folder")
+    with pytest.raises(ValueError, match="does not tell how queries lie"):
+        export_ia3(tmp_path / "folder", tmp_path / "ia3")
+    assert not (tmp_path / "ia3").exists()
+
+
 @granularities
 def test_a_folder_exports_like_its_model(granularity, tmp_path):
     model = adapted("llama", granularity)

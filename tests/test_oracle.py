@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 from peft import PeftModel, get_peft_model
 from torch.testing import assert_close
+from transformers.pytorch_utils import Conv1D
 
 from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, logits, multiply_by_hand, seal_layers
 from seal_peft import SealConfig, hotswap_adapter, scales, set_strength
@@ -26,7 +27,20 @@ NAMES = ["one", "two", "three"]
 # An index into the adapters that there are: a name that is not there would waste a step.
 which = st.integers(0, 5)
 several = st.lists(which, min_size=1, max_size=3)
-granularities = st.sampled_from(["head", "channel"])
+kinds = st.sampled_from(
+    [
+        {"granularity": "head"},
+        {"granularity": "channel"},
+        {"sites": ("query",)},
+        {"sites": ("output", "query")},
+        {"sites": ("output", "query"), "granularity": "channel"},
+    ]
+)
+# Projections to queries and what they hold, head by head: rows of Llama's, columns of GPT-2's, keys and values behind.
+QUERIES = {
+    "llama": {f"model.layers.{layer}.self_attn.q_proj": (4, 12) for layer in range(2)},
+    "gpt2": {f"transformer.h.{layer}.attn.c_attn": (4, 8) for layer in range(2)},
+}
 layer_choices = st.sampled_from([None, [0], [1]])
 seeds = st.integers(0, 99)
 strengths = st.sampled_from([-0.5, 0.0, 0.5, 1.0, 1.5])
@@ -67,18 +81,18 @@ class Verbs(RuleBasedStateMachine):
 
     @initialize(
         name=st.sampled_from(["llama", "gpt2"]),
-        first=st.tuples(granularities, layer_choices, seeds),
-        second=st.tuples(granularities, layer_choices, seeds),
+        first=st.tuples(kinds, layer_choices, seeds),
+        second=st.tuples(kinds, layer_choices, seeds),
     )
     def start(self, name, first, second):
-        granularity, layers, seed = first
+        kind, layers, seed = first
         self.name = name
         self.folder = Path(tempfile.mkdtemp())
-        self.shapes = ARCHITECTURES[name].projections
+        self.shapes = {**ARCHITECTURES[name].projections, **QUERIES[name]}
         self.plain = {key: base_model(name).get_submodule(key).weight for key in self.shapes}
-        config = SealConfig(granularity=granularity, layers_to_transform=layers)
+        config = SealConfig(**kind, layers_to_transform=layers)
         self.model = get_peft_model(base_model(name), config, adapter_name="one").eval()
-        self.settings = {"one": (granularity, layers)}
+        self.settings = {"one": (kind, layers)}
         self.offsets = {"one": drawn(self.model, "one", seed)}
         self.strength = {"one": 1.0}
         self.active, self.merged, self.enabled = ["one"], [], True
@@ -97,12 +111,12 @@ class Verbs(RuleBasedStateMachine):
     def new_name(self):
         return next(name for name in NAMES if name not in self.offsets)
 
-    def put(self, granularity, layers, seed):
+    def put(self, kind, layers, seed):
         name = self.new_name()
         with expected_warnings():
-            self.model.add_adapter(name, SealConfig(granularity=granularity, layers_to_transform=layers))
+            self.model.add_adapter(name, SealConfig(**kind, layers_to_transform=layers))
         self.merged = []  # PEFT unmerges before it adds
-        self.settings[name] = (granularity, layers)
+        self.settings[name] = (kind, layers)
         self.offsets[name] = drawn(self.model, name, seed)
         self.strength[name] = 1.0
 
@@ -121,7 +135,19 @@ class Verbs(RuleBasedStateMachine):
                     offset = self.offsets[name][key]
                     scale = scale * (1 + self.strength[name] * offset.reshape(geometry[0], -1))
             total[key] = scale
-        return logits(multiply_by_hand(base_model(self.name), total))
+        outputs = {key: scale for key, scale in total.items() if key not in QUERIES[self.name]}
+        model = multiply_by_hand(base_model(self.name), outputs)
+        with torch.no_grad():
+            for key, (heads, head_dim) in QUERIES[self.name].items():
+                projection = model.get_submodule(key)
+                for head in range(heads):
+                    rows = slice(head * head_dim, (head + 1) * head_dim)
+                    if isinstance(projection, Conv1D):
+                        projection.weight[:, rows] *= total[key][head, 0]
+                        projection.bias[rows] *= total[key][head, 0]
+                    else:
+                        projection.weight[rows] *= total[key][head, 0]
+        return logits(model)
 
     def compare(self):
         acting = list(dict.fromkeys([*self.active, *self.merged])) if self.enabled else []
@@ -134,13 +160,16 @@ class Verbs(RuleBasedStateMachine):
             for key, offset in offsets.items():
                 assert_close(found[key], 1 + offset, rtol=0, atol=1e-6)
         if not self.merged:
-            layers = seal_layers(self.model)
-            assert all(torch.equal(layer.get_base_layer().weight, self.plain[key]) for key, layer in layers.items())
+            layers = {key: layer.get_base_layer() for key, layer in seal_layers(self.model).items()}
+            assert all(torch.equal(layer.weight, self.plain[key]) for key, layer in layers.items())
+            fresh = base_model(self.name)
+            for key, layer in layers.items():
+                assert layer.bias is None or torch.equal(layer.bias, fresh.get_submodule(key).bias)
 
     @precondition(lambda self: len(self.offsets) < len(NAMES))
-    @rule(granularity=granularities, layers=layer_choices, seed=seeds)
-    def add(self, granularity, layers, seed):
-        self.put(granularity, layers, seed)
+    @rule(kind=kinds, layers=layer_choices, seed=seeds)
+    def add(self, kind, layers, seed):
+        self.put(kind, layers, seed)
         self.compare()
 
     @rule(chosen=several)
@@ -232,14 +261,17 @@ class Verbs(RuleBasedStateMachine):
         with expected_warnings():
             self.model.add_weighted_adapter(parts, weights, name)
         self.merged = []
-        wide = any(self.settings[part][0] == "channel" for part in parts)
+        wide = any(self.settings[part][0].get("granularity") == "channel" for part in parts)
         total = {}
         for part, weight in zip(parts, weights, strict=True):
             for key, offset in self.offsets[part].items():
                 heads, head_dim = self.shapes[key]
-                offset = offset.reshape(heads, -1).expand(heads, head_dim) if wide else offset
+                per_channel = wide and key not in QUERIES[self.name]
+                offset = offset.reshape(heads, -1).expand(heads, head_dim) if per_channel else offset
                 total[key] = total.get(key, 0) + weight * offset
-        self.settings[name] = ("channel" if wide else "head", None)
+        sites = ("output",) * any(key not in QUERIES[self.name] for key in total)
+        sites += ("query",) * any(key in QUERIES[self.name] for key in total)
+        self.settings[name] = ({"sites": sites, "granularity": "channel" if wide else "head"}, None)
         self.offsets[name] = {key: total[key] for key in self.shapes if key in total}
         self.strength[name] = 1.0
         self.compare()
@@ -247,9 +279,9 @@ class Verbs(RuleBasedStateMachine):
     @rule(index=which, seed=seeds)
     def hotswap(self, index, seed):
         name = self.pick(index)
-        layers = [index for index, key in enumerate(self.shapes) if key in self.offsets[name]]
+        layers = sorted({index for index in (0, 1) for key in self.offsets[name] if f".{index}." in key})
         kept = layers[seed % len(layers) :]  # a layer that the file lacks becomes the identity
-        other = adapted(self.name, self.settings[name][0], layers_to_transform=kept)
+        other = adapted(self.name, **self.settings[name][0], layers_to_transform=kept)
         offsets = drawn(other, "default", seed)
         other.save_pretrained(self.folder)
         if name in self.merged:

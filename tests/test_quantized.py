@@ -358,10 +358,12 @@ def test_groups_that_mix_heads_round(name):
 
 def test_a_scale_belongs_to_a_group_only_if_all_of_it_shares_it():
     scale = torch.tensor([1.0, 1.0, -2.0, -2.0, 0.0, 0.0])
-    assert _per_group(scale, 2).tolist() == [1.0, -2.0, 0.0]
-    assert _per_group(scale, 1).tolist() == scale.tolist()
-    assert _per_group(scale, 3) is None
-    assert _per_group(scale, 4) is None
+    assert _per_group(scale, 2, inputs=6, axis=1).tolist() == [[1.0, -2.0, 0.0]]
+    assert _per_group(scale, 1, inputs=6, axis=1).tolist() == [scale.tolist()]
+    assert _per_group(scale, 3, inputs=6, axis=1) is None
+    assert _per_group(scale, 4, inputs=6, axis=1) is None
+    assert _per_group(scale, 4, inputs=8, axis=0).tolist() == [[value] for value in scale.tolist()]
+    assert _per_group(scale, 4, inputs=6, axis=0) is None
 
 
 def _int4_tensors() -> dict[str, Tensor]:
@@ -387,7 +389,7 @@ def test_int4_layouts_of_the_gpu_scale_their_group_numbers_only(layout):
     base = nn.Linear(256, 8, bias=False)
     base.weight = nn.Parameter(weight, requires_grad=False)
     scale = torch.tensor([0.5, -2.0, 0.0, 1.0]).repeat_interleave(64)
-    written = _EXACT[type(weight).__name__](None, base, scale)
+    written = _EXACT[type(weight).__name__](None, base, scale, 1)
     assert torch.isfinite(written).all()
     assert torch.equal(base.weight.qdata, weight.qdata)
     assert base.weight.shape == weight.shape

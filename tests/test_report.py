@@ -13,7 +13,7 @@ from seal_peft import cli, scales
 from seal_peft.files import write_json
 from seal_peft.guard import summarise_guard
 from seal_peft.plots import plot_depths, plot_lengths, plot_scales
-from seal_peft.report import ReportArguments, report
+from seal_peft.report import ReportArguments, length_rows, report
 from seal_peft.statistics import summarise
 from seal_peft.tasks import Sample
 from stages import error_of, seal
@@ -48,15 +48,16 @@ def test_the_tables_hold_the_numbers_of_the_metrics(metrics_file: Path, tmp_path
     text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(metrics_file))).read_text()
     systems = json.loads(metrics_file.read_text())["systems"]
     header, _, base, adapter = table(text, "system")
-    assert header == ["system", "accuracy", "95% interval", "samples", "difference to base", "p"]
+    assert header == ["system", "score", "95% interval", "samples", "difference to base", "p"]
     assert base == ["base", "0.250", f"{systems['base']['low']:.3f} to {systems['base']['high']:.3f}", "4", "", ""]
     assert adapter[:2] == ["adapter", "0.750"]
     assert adapter[4].startswith("+0.500 (")
     assert adapter[5] == "0.5"
     assert table(text, "task")[2:4] == [
-        ["lines", "512", "3", "0.333", "0.667"],
-        ["lines", "1024", "1", "0.000", "1.000"],
+        ["lines", "512", "3", "0.333 (0.06 to 0.79)", "0.667 (0.21 to 0.94)"],
+        ["lines", "1024", "1", "0.000 (0.00 to 0.79)", "1.000 (0.21 to 1.00)"],
     ]
+    assert "- `lines`: LongEval line retrieval" in text
     assert "CPU; torch 2.13.0; commit abc; 2026-11-23." in text
 
 
@@ -94,29 +95,43 @@ def test_a_map_has_no_difference_without_a_base_and_no_number_where_nothing_was_
 
 
 def test_lines_have_the_intervals_of_the_metrics(tmp_path: Path) -> None:
-    metrics = grid_metrics()
+    metrics = grid_metrics(windows={"base": 512, "adapter": None})
     plot_lengths(metrics, "needle", tmp_path / "line.png")
     numbers = json.loads((tmp_path / "line.json").read_text())
+    assert numbers["windows"] == {"base": 512}
     assert numbers["cells"] == [cell for cell in metrics["cells"] if cell["depth"] is None]
     assert numbers["threshold"] == 0.856
 
 
 def test_the_report_shows_pictures_effective_lengths_guard_and_wording(tmp_path: Path) -> None:
-    losses, windows = {"base": [2.0, 3.0], "adapter": [2.1, 3.1]}, {"base": [[1, 2]] * 2, "adapter": [[1, 2]] * 2}
-    metrics = grid_metrics(guard=summarise_guard(losses, windows, "base"), wording={"needle": ["own"]})
+    losses, essays = {"base": [2.0, 3.0], "adapter": [2.1, 3.1]}, {"base": [[1, 2]] * 2, "adapter": [[1, 2]] * 2}
+    short = [Sample(str(i), "guard_instructions", 0, None, TURNS, "1", ["1"], 0) for i in range(4)]
+    scores = {"base": [1.0, 1.0, 1.0, 0.0], "adapter": [1.0, 0.0, 0.0, 0.0]}
+    metrics = grid_metrics(
+        guard=summarise_guard(losses, essays, short, scores, "base"),
+        wording={"needle": ["own"]},
+        windows={"base": 512, "adapter": None},
+        arguments={"model_name_or_path": "my/model", "test_file": "test.jsonl"},
+    )
     write_json(tmp_path / "metrics.json", metrics)
     text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(tmp_path / "metrics.json"))).read_text()
     for name in ("needle-lengths", "needle-depths"):
         assert f"({name}.png)" in text
         assert {path.suffix for path in (tmp_path / "out").glob(f"{name}.*")} == {".png", ".json"}
+    assert "Model: `my/model`\n\nSamples: `test.jsonl`" in text
     assert table(text, "task")[2:] == [
-        ["needle", "512", "4", "0.750", "0.750"],
-        ["needle", "1024", "4", "0.250", "0.750"],
+        ["needle", "512", "4", "0.750 (0.30 to 0.95)", "0.750 (0.30 to 0.95)"],
+        ["needle", "1024", "4", "0.250\\* (0.05 to 0.70)", "0.750 (0.30 to 0.95)"],
     ]
+    assert "\\* longer than what the system reaches: base 512 tokens." in text
     assert ["needle", "none", "none"] in table(text.partition("## Effective length")[2], "task")
     base, adapter = table(text.partition("## Short contexts")[2], "system")[2:]
     assert base == ["base", "12.18", "2.500", "2.000 to 3.000", ""]
     assert adapter[-1] == "+0.1000 (+0.1000 to +0.1000)"
+    base, adapter = table(text.partition("`guard_instructions`: ")[2], "system")[2:]
+    assert base[:2] == ["base", "0.750"]
+    assert adapter[:2] == ["adapter", "0.250"]
+    assert adapter[4].startswith("-0.500 (")
     assert "not comparable with published scores: needle." in text
 
 
@@ -134,6 +149,21 @@ def test_a_terminal_gets_a_drawn_table_and_a_pipe_gets_markdown(
     monkeypatch.setattr(cli, "find_spec", lambda name: None)
     cli._show_table(rows)
     assert capsys.readouterr().out.startswith("| system |")
+
+
+def test_a_terminal_gets_the_whole_report_and_a_pipe_its_path(
+    metrics_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["report", "--metrics_file", metrics_file, "--output_dir", tmp_path / "out"]
+    assert seal(*words) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'out' / 'report.md'}\n"
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "200")
+    assert seal(*words) == 0
+    drawn = capsys.readouterr().out
+    assert "━" in drawn or "─" in drawn
+    assert "0.667 (0.21 to 0.94)" in drawn
+    assert drawn.endswith(f"{tmp_path / 'out' / 'report.md'}\n")
 
 
 @pytest.mark.parametrize("granularity", ["head", "channel"])
@@ -164,15 +194,34 @@ def test_layers_with_fewer_heads_are_filled_up_as_unchanged(tmp_path: Path) -> N
     assert json.loads((tmp_path / "map.json").read_text())["maps"]["scale"] == [[0.5, 2.0, 1.5], [3.0, 1.0, 1.0]]
 
 
-def test_without_matplotlib_the_error_is_the_line_that_installs_it(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_several_tasks_have_their_mean_at_the_lengths_of_all(tmp_path: Path) -> None:
+    places = [("lines", 512), ("lines", 1024), ("needle", 512), ("needle", 512)]
+    samples = [Sample(str(i), *place, None, TURNS, "1", ["1"], 0) for i, place in enumerate(places)]
+    metrics = {**summarise(samples, {"base": [1.0, 0.0, 0.0, 1.0]}, "base"), "windows": {"base": None}}
+    assert length_rows(metrics)[4:] == [["mean of tasks", "512", "3", "0.750"]]
+
+
+def test_without_matplotlib_tables_and_numbers_are_written_and_the_way_to_pictures_is_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adapter = save_adapter(tmp_path / "adapter")
+    write_json(tmp_path / "metrics.json", grid_metrics())
+    words = ["--metrics_file", tmp_path / "metrics.json", "--adapter", adapter]
+    assert seal("report", *words, "--output_dir", tmp_path / "with") == 0
     for name in ("matplotlib", "matplotlib.colors", "matplotlib.figure"):
         monkeypatch.setitem(sys.modules, name, None)
-    assert seal("report", "--adapter", adapter, "--output_dir", tmp_path / "out") == 1
-    assert error_of(capsys) == 'seal-peft report: error: Pictures need matplotlib: pip install "seal-peft[plot]"'
-    assert not (tmp_path / "out").exists()
+    assert seal("report", *words, "--output_dir", tmp_path / "without") == 0
+    names = {"needle-lengths", "needle-depths", "scales"}
+    assert {path.name for path in (tmp_path / "without").iterdir()} == {"report.md", *(f"{n}.json" for n in names)}
+    text, full = ((tmp_path / folder / "report.md").read_text() for folder in ("without", "with"))
+    for name in names:
+        without, drawn = ((tmp_path / folder / f"{name}.json").read_bytes() for folder in ("without", "with"))
+        assert without == drawn
+        assert f"the numbers are in [{name}.json]({name}.json). Pictures need matplotlib: pip install" in text
+    assert [line for line in text.splitlines() if line.startswith("|")] == [
+        line for line in full.splitlines() if line.startswith("|")
+    ]
+    assert caplog.text.count('pip install "seal-peft[plot]"') == 3
 
 
 @pytest.mark.parametrize(

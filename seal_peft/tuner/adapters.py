@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from peft.config import PeftConfig
-from peft.utils import load_peft_weights
+from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 
+from .config import SealConfig, Site
 from .layer import SealLayer
 from .positions import check_same_rope
 from .scales import layers_with
@@ -80,6 +83,49 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
             weight.copy_(saved[name]) if name in saved else weight.zero_()
 
 
+def check_weighted(model: Any, adapters: list[str], weights: list[float], adapter_name: str) -> None:
+    """Check what `add_weighted_adapter` is asked for.
+
+    Raises:
+        ValueError: A name is unknown or taken, weights are missing or not finite, or two adapters train whole modules
+            of the same name.
+    """
+    known = model.peft_config
+    if adapter_name in known:
+        raise ValueError(f"There already is an adapter named {adapter_name!r}. Delete it or choose another name.")
+    if unknown := [name for name in adapters if name not in known]:
+        raise ValueError(f"Unknown adapters {unknown}. The model has: {', '.join(known)}.")
+    if not adapters or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
+        raise ValueError(f"Give one finite weight per adapter; got {len(adapters)} adapters and weights={weights}.")
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in adapters) > 1:
+            raise ValueError("Cannot combine adapters that train the same module in full (`modules_to_save`).")
+
+
+def weighted_config(
+    configs: Mapping[str, Any], adapters: Sequence[str], layers: Mapping[str, SealLayer]
+) -> SealConfig:
+    """Return the config of the weighted sum of some adapters, which names every layer in full."""
+    parts: list[SealConfig] = [configs[adapter] for adapter in adapters]
+    by_site = {site: [name for name, layer in layers.items() if layer.site == site] for site in get_args(Site)}
+    first = parts[0]
+    return replace(
+        first,
+        granularity="channel" if any(part.granularity == "channel" for part in parts) else "head",
+        sites=tuple(site for site, names in by_site.items() if names),
+        target_modules=by_site["output"] or first.target_modules,
+        query_modules=by_site["query"] or None,
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        num_attention_heads=_shared([part.num_attention_heads for part in parts]),
+        head_dim=_shared([part.head_dim for part in parts]),
+        heads=None,
+        init_weights=True,
+        inference_mode=True,
+    )
+
+
 def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
     """Write `sum(weight * offset)` over a layer's adapters into another one; one per head is spread over channels."""
     target = layer.offset(adapter_name)
@@ -89,6 +135,10 @@ def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Seque
             offset = layer.offset(name)
             total += weight * (offset if offset.dim() == target.dim() else offset.unsqueeze(-1))
     target.copy_(total)
+
+
+def _shared(values: list[int | None]) -> int | None:
+    return values[0] if len(set(values)) == 1 else None
 
 
 def _unmerged_layers(model: nn.Module, adapter_name: str) -> list[SealLayer]:

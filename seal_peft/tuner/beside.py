@@ -127,6 +127,12 @@ def _unload_outer(
 def _check_additive(outer: BaseTunerLayer, name: str) -> None:
     if name not in outer._get_available_adapters():
         return
+    seal: Any = seal_inside(outer)  # type: ignore[arg-type]
+    if seal is not None and seal.site == "query" and getattr(outer, "lora_bias", {}).get(name):
+        raise ValueError(
+            f"Adapter {name!r} trains a bias (`lora_bias=True`) on a module whose outputs SEAL scales. Such a pair "
+            "cannot be merged. Leave both unmerged, or exclude the module from one of them."
+        )
     variants = getattr(outer, "lora_variant", {})
     if isinstance(outer, LoraLayer) and hasattr(outer, "get_delta_weight") and name not in variants:
         return
@@ -175,13 +181,14 @@ def with_merged(seal: SealLayer, weight: Any, sign: int = 1) -> Any:
     return weight
 
 
-def correct_for_merged(seal: SealLayer, x: Tensor, scaled: Tensor, result: Tensor) -> Tensor:
-    """Give what is merged from the layers around its unscaled input back: `+ B A (x - s x)`."""
+def merged_product(seal: SealLayer, x: Tensor) -> Tensor:
+    """Return the sum of `B A x` over the adapters around that are merged into the weight; there must be one."""
+    products = []
     for outer in seal.outer_layers:
         for name in outer.merged_adapters:
             _check_additive(outer, name)
-            result = result + _delta_product(outer, name, x - scaled).to(result.dtype)
-    return result
+            products.append(_delta_product(outer, name, x))
+    return sum(products[1:], start=products[0])
 
 
 def _delta_product(outer: Any, name: str, x: Tensor) -> Tensor:

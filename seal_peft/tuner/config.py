@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from .saving import discard_save, finish_save
 
 Granularity = Literal["head", "channel"]
+Site = Literal["output", "query"]
 
 _LOAD_NOTE = (
     "\n## Loading\n\n"
@@ -36,9 +38,13 @@ class SealConfig(PeftConfig):
 
     Args:
         granularity: `"head"` learns one scale per attention head (SEAL-H), `"channel"` one per channel of every head
-            (SEAL-C).
-        target_modules: Attention output projections to scale the input of, as name suffixes or one regular
-            expression. `None` picks them by architecture.
+            (SEAL-C). The query site always has one per head.
+        sites: What is scaled: `"output"`, the output of each head before the output projection (the paper's), and
+            `"query"`, the query of each head, which is the temperature of its softmax. Either or both.
+        target_modules: Attention output projections, as name suffixes or one regular expression: the output site
+            scales their input, and the query site is beside them. `None` picks them by architecture.
+        query_modules: Modules whose output is the query, as name suffixes or one regular expression: a projection, or
+            the norm of queries where the model has one. `None` finds them beside the output projections.
         exclude_modules: Modules to leave out, as name suffixes or one regular expression.
         layers_to_transform: Indices of the layers to adapt. `None` adapts all.
         layers_pattern: Name of the layer list, if `layers_to_transform` is given and the name is unusual.
@@ -62,9 +68,16 @@ class SealConfig(PeftConfig):
     granularity: Granularity = field(
         default="head", metadata={"help": "One scale per attention 'head' (SEAL-H) or per 'channel' of it (SEAL-C)."}
     )
+    sites: tuple[Site, ...] = field(
+        default=("output",), metadata={"help": "What is scaled: the 'output' of each head, its 'query', or both."}
+    )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
         metadata={"help": "Attention output projections: name suffixes or one regex. None: by architecture."},
+    )
+    query_modules: list[str] | set[str] | str | None = field(
+        default=None,
+        metadata={"help": "Modules whose output is the query. None: those beside the output projections."},
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave out: name suffixes or one regex."}
@@ -104,6 +117,7 @@ class SealConfig(PeftConfig):
                 f"granularity={self.granularity!r} is not allowed. Use 'head' (one scale per attention head) or "
                 "'channel' (one per channel of every head)."
             )
+        self._check_sites()
         for name in ("num_attention_heads", "head_dim"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -116,6 +130,7 @@ class SealConfig(PeftConfig):
                 '{"rope_type": "yarn", "factor": 4.0}, or None.'
             )
         self.target_modules = _set_of(self.target_modules)
+        self.query_modules = _set_of(self.query_modules)
         self.exclude_modules = _set_of(self.exclude_modules)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
@@ -124,6 +139,16 @@ class SealConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("When `layers_pattern` is given, `layers_to_transform` must be given, too.")
+
+    def _check_sites(self) -> None:
+        self.sites = sites = check_sites(self.sites)
+        if "query" not in sites and self.query_modules is not None:
+            raise ValueError(f"query_modules={self.query_modules!r} is of no use without 'query' in `sites`.")
+        if "output" not in sites and self.granularity == "channel":
+            raise ValueError(
+                "granularity='channel' is of no use for sites=('query',), which has one scale per head. Use "
+                "granularity='head', or add the output site."
+            )
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config, and name the import that loading needs in the model card beside it, if there is one.
@@ -177,17 +202,31 @@ class SealConfig(PeftConfig):
 
     def _check_scale(self, name: str, value: Tensor) -> None:
         shapes = {(heads, dim)[: value.dim()] for heads, dim in self.heads or []} or {tuple(value.shape)}
-        if value.dim() != (1 if self.granularity == "head" else 2) or tuple(value.shape) not in shapes:
+        dims = {1 for site in self.sites if site == "query" or self.granularity == "head"}
+        dims |= {2 for site in self.sites if site == "output" and self.granularity == "channel"}
+        if value.dim() not in dims or tuple(value.shape) not in shapes:
             raise ValueError(
                 f"The adapter's scales {name} have shape {tuple(value.shape)}, which does not fit its config "
-                f"(granularity={self.granularity!r}, (num_heads, head_dim) = {self.heads}). The two files do not "
-                "belong together: save or download the adapter again."
+                f"(sites={self.sites}, granularity={self.granularity!r}, (num_heads, head_dim) = {self.heads}). The "
+                "two files do not belong together: save or download the adapter again."
             )
         if not value.isfinite().all():
             raise ValueError(
                 f"The adapter holds NaN or infinite scales ({name}). Its file is broken or its training diverged; do "
                 "not use it."
             )
+
+
+def check_sites(sites: Sequence[str]) -> tuple[Site, ...]:
+    """Return sites as a tuple, in the order in which a head goes through them.
+
+    Raises:
+        ValueError: They are not one or two different ones of those that there are.
+    """
+    known = get_args(Site)
+    if isinstance(sites, str) or not sites or set(sites) - set(known) or len(set(sites)) < len(sites):
+        raise ValueError(f"sites={sites!r} is not allowed. Use ('output',), ('query',) or ('output', 'query').")
+    return tuple(site for site in known if site in sites)
 
 
 def check_weights_file(path: str) -> None:

@@ -106,11 +106,11 @@ def head_geometry(
         raise ValueError(f"{name} ({type(projection).__name__}) does not tell its input size, so SEAL cannot wrap it.")
     given = num_attention_heads is not None or head_dim is not None
     if not given:
-        head_dim = _first_int(attention, _HEAD_DIM_NAMES)
-        num_attention_heads = _first_int(attention, _NUM_HEADS_NAMES)
+        head_dim = first_int(attention, _HEAD_DIM_NAMES)
+        num_attention_heads = first_int(attention, _NUM_HEADS_NAMES)
         # Every part of a model holds the config; only one that tells a head size is an attention module.
         if num_attention_heads is None and head_dim is not None:
-            num_attention_heads = _first_int(getattr(attention, "config", None), _NUM_HEADS_NAMES)
+            num_attention_heads = first_int(getattr(attention, "config", None), _NUM_HEADS_NAMES)
     # One number is enough: the other follows from the size of the projection.
     heads = num_attention_heads or (in_features // head_dim if head_dim else None)
     size = head_dim or (in_features // num_attention_heads if num_attention_heads else None)
@@ -125,14 +125,15 @@ def head_geometry(
     )
 
 
-def is_output_projection(module: nn.Module) -> bool:
+def is_linear(module: nn.Module) -> bool:
     """Tell whether a module is a linear map, plain or quantised, so that its input can be scaled."""
     if isinstance(module, BaseTunerLayer):
         module = module.get_base_layer()
     return isinstance(module, nn.Linear | Conv1D) or hasattr(module, "qweight") or hasattr(module, "W_q")
 
 
-def _first_int(source: object, names: tuple[str, ...]) -> int | None:
+def first_int(source: object, names: tuple[str, ...]) -> int | None:
+    """Return the first attribute that is a positive whole number."""
     for name in names:
         value = getattr(source, name, None)
         if isinstance(value, int) and not isinstance(value, bool) and value > 0:
@@ -155,7 +156,7 @@ def _unknown_architecture(model: nn.Module, model_config: dict[str, Any]) -> str
         kind = type(module).__name__
         if name.startswith(inside) or not ("att" in name.rpartition(".")[2].lower() or "Attention" in kind):
             continue
-        projections = [child for child, inner in module.named_modules() if child and is_output_projection(inner)]
+        projections = [child for child, inner in module.named_modules() if child and is_linear(inner)]
         if projections:
             inside += (name + ".",)
             seen.setdefault(kind, f"{name} ({kind}) with {', '.join(projections)}")

@@ -1,7 +1,8 @@
 """Exchange with PEFT's IA3: a SEAL adapter as a folder that stock PEFT loads without this package, and the way back.
 
 On the input of a linear layer ("feedforward" in IA3's words) IA3 learns one factor per feature. SEAL-C is that on the
-attention output projections, SEAL-H the same with one value per head.
+attention output projections, SEAL-H the same with one value per head. Query scales are IA3's factors on the outputs of
+a projection, one value per head.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
-from .geometry import HeadGeometry, default_target_modules, head_geometry
+from .geometry import HeadGeometry, default_target_modules, head_geometry, is_linear
 from .layer import SealLayer
 from .saving import write_adapter
 
@@ -42,11 +43,13 @@ def export_ia3(
         The IA3 folder.
 
     Raises:
-        ValueError: There is no such SEAL adapter, the head sizes of a folder's layers cannot be told apart, or the
-            adapter brings RoPE parameters, which an IA3 folder cannot carry.
+        ValueError: There is no such SEAL adapter, a folder alone does not tell where its scales lie, query scales are
+            on a norm, or the adapter brings RoPE parameters: IA3 knows neither.
     """
+    queries: dict[str, SealLayer] = {}
     if isinstance(model, nn.Module):
         config, state, sizes, conv1d = _seal_in_model(model, adapter_name)
+        queries = _query_layers(model)
     else:
         config, state, sizes = _seal_in_folder(Path(model))
         conv1d = False  # not on record; PEFT corrects it with a warning where the base has Conv1D layers
@@ -55,21 +58,27 @@ def export_ia3(
             f"This adapter runs under RoPE {config.rope_parameters}, which an IA3 folder cannot carry: it would give "
             "other logits. Merge the adapter instead; the merged model's config carries it."
         )
-    names, weights = [], {}
+    names, inputs, weights = [], [], {}
     for key, value in state.items():
         match = _SEAL_KEY.fullmatch(key)
         if not match:
             weights[key] = value  # what `modules_to_save` trains keeps its key
             continue
-        names.append(match["name"])
+        name = match["name"]
+        names.append(name)
         scale = 1 + value.detach().float().cpu()
         scale = scale.unsqueeze(-1) if scale.dim() == 1 else scale
-        weights[f"base_model.model.{match['name']}.ia3_l"] = scale.expand(sizes[match["name"]]).reshape(1, -1)
+        if name in queries:
+            vector = queries[name].spread(scale).expand(-1, sizes[name].head_dim).reshape(-1, 1)
+        else:
+            inputs.append(name)
+            vector = scale.expand(sizes[name]).reshape(1, -1)
+        weights[f"base_model.model.{name}.ia3_l"] = vector
     ia3 = IA3Config(
         **_shared(config),
         # Full names, twice: short ones could hit other modules, and IA3 treats what is only in the first as outputs.
         target_modules=names,
-        feedforward_modules=names,
+        feedforward_modules=inputs,
         fan_in_fan_out=conv1d,
         modules_to_save=config.modules_to_save,
     )
@@ -145,10 +154,28 @@ def _seal_in_model(model: Any, adapter_name: str) -> tuple[SealConfig, dict[str,
     return config, get_peft_model_state_dict(model, adapter_name=adapter_name), sizes, conv1d
 
 
+def _query_layers(model: nn.Module) -> dict[str, SealLayer]:
+    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, SealLayer)}
+    queries = {name: layer for name, layer in layers.items() if layer.site == "query"}
+    for name, layer in queries.items():
+        if not is_linear(layer.get_base_layer()):
+            raise ValueError(
+                f"The query scales of this model are on {name}, a {type(layer.get_base_layer()).__name__}; IA3 knows "
+                "linear layers only. Export the output site alone: save_adapter(model, folder, sites=['output']), "
+                "then export_ia3(folder, ...)."
+            )
+    return queries
+
+
 def _seal_in_folder(folder: Path) -> tuple[SealConfig, dict[str, Tensor], _Sizes]:
     config = PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, SealConfig):
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; export_ia3 writes SEAL adapters.")
+    if "query" in config.sites:
+        raise ValueError(
+            f"The folder {folder} does not tell how queries lie in their projections. Load the adapter on its base "
+            "model and export that: export_ia3(model, ...)."
+        )
     state = load_peft_weights(str(folder), device="cpu")
     pairs = {HeadGeometry(*pair) for pair in config.heads or []}
     sizes = {}

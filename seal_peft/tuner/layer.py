@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import reduce
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
@@ -13,12 +13,12 @@ from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .beside import check_all_names, check_can_merge, check_names, correct_for_merged, with_merged
-from .config import SealConfig
+from .beside import check_all_names, check_can_merge, check_names, merged_product, with_merged
+from .config import SealConfig, Site
 from .geometry import HeadGeometry
 from .kept import KeptScale
 from .quantized import check_gradients_flow, merge_quantized, restore_snapshot, take_snapshot
-from .scale import scale_channels, scale_rows
+from .scale import apply_scale
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
 _RANDOM_INIT_STD = 0.1
@@ -50,11 +50,20 @@ class ScaleOffset(nn.Module):
         return scale.unsqueeze(-1) if scale.dim() == 1 else scale
 
 
+class Snapshot(NamedTuple):
+    """What merging replaces: nothing is written in place, so holding the old objects is a full copy."""
+
+    base: Any
+    weight: Any
+    bias: Tensor | None = None
+
+
 class SealLayer(BaseTunerLayer):
     """What every wrapped module shares: the scales of its adapters.
 
     Attributes:
-        geometry: How the input of the base layer splits into heads.
+        site: What is scaled, `"output"` of the heads or `"query"`.
+        geometry: How many heads there are and how many channels each has.
         seal_delta: One `ScaleOffset` per adapter.
         seal_alpha: Strength of each adapter, 1.0 unless changed.
         row_scale: Within `scaled_rows`, the scale of every row of the batch.
@@ -65,6 +74,7 @@ class SealLayer(BaseTunerLayer):
 
     adapter_layer_names: tuple[str, ...] = ("seal_delta",)
     other_param_names: tuple[str, ...] = ("seal_alpha",)
+    site: Site = "output"
 
     def __init__(self, base_layer: nn.Module, geometry: HeadGeometry, **kwargs: Any) -> None:
         self.base_layer = base_layer
@@ -78,18 +88,24 @@ class SealLayer(BaseTunerLayer):
         self.outer_layers: tuple[BaseTunerLayer, ...] = ()
         self.model_configs: Mapping[str, Any] = {}
         self.rope: Any = None
-        self.in_features: int | None
-        self.out_features: int | None
-        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        self.in_features, self.out_features = self._sizes()
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+
+    def _sizes(self) -> tuple[int | None, int | None]:
+        return _get_in_out_features(self.get_base_layer())
+
+    def _offset_shape(self, config: SealConfig) -> tuple[int, ...]:
+        return self.geometry[:1] if config.granularity == "head" else self.geometry
+
+    def spread(self, scale: Tensor) -> Tensor:
+        """Complete scales of the heads, `(..., num_heads, n)`, to all that the scaled tensor is made of."""
+        return scale
 
     def update_layer(self, adapter_name: str, config: SealConfig) -> None:
         """Add the scales of one adapter, at the identity unless the config says otherwise."""
-        num_heads, head_dim = self.geometry
-        offset = ScaleOffset((num_heads,) if config.granularity == "head" else (num_heads, head_dim))
+        self.seal_delta[adapter_name] = ScaleOffset(self._offset_shape(config))
         if not config.init_weights:
-            nn.init.normal_(offset.weight, std=_RANDOM_INIT_STD)
-        self.seal_delta[adapter_name] = offset
+            nn.init.normal_(self.offset(adapter_name), std=_RANDOM_INIT_STD)
         self.seal_alpha[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -154,15 +170,17 @@ class Linear(nn.Module, SealLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        if self.row_scale is not None:
-            scaled = scale_rows(x, self.row_scale)
-        else:
-            scale = self._acting_scale()
-            if scale is None:
-                return self.base_layer(x, *args, **kwargs)
-            scaled = scale_channels(x, scale)
+        scale = self.row_scale if self.row_scale is not None else self._acting_scale()
+        return self.base_layer(x, *args, **kwargs) if scale is None else self._scaled(scale, x, *args, **kwargs)
+
+    def _scaled(self, scale: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Run the base layer under a scale of all rows, `(features,)`, or of each, `(batch, heads, 1 or head_dim)`."""
+        scaled = apply_scale(x, scale)
         result = self.base_layer(scaled, *args, **kwargs)
-        return correct_for_merged(self, x, scaled, result) if self.outer_layers else result
+        if any(outer.merged_adapters for outer in self.outer_layers):
+            # What is merged from the layers around gets its unscaled input back: `+ B A (x - s x)`.
+            result = result + merged_product(self, x - scaled).to(result.dtype)
+        return result
 
     def _acting_scale(self) -> Tensor | None:
         """Product of the active scales that are not in the weight yet; kept between calls while nothing changes."""
@@ -192,12 +210,12 @@ class Linear(nn.Module, SealLayer):
         return [n for n in self.active_adapters if n in self.seal_delta and n not in self.merged_adapters]
 
     def _per_channel(self, adapter_names: list[str]) -> Tensor:
-        """Product of the adapters' scales for each input feature, fp32, shape `(num_heads * head_dim,)`."""
+        """Product of the adapters' scales for each scaled feature, fp32, one dimension."""
         scales = [self.seal_delta[n](self.seal_alpha[n]) for n in adapter_names if n in self.seal_delta]
-        return reduce(torch.mul, scales).expand(self.geometry).reshape(-1)
+        return self.spread(reduce(torch.mul, scales)).expand(-1, self.geometry.head_dim).reshape(-1)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold scales into the weight, `W <- W diag(s)`, computed in fp32; the bias stays.
+        """Fold scales into the weight, computed in fp32: `W <- W diag(s)` for outputs of heads, whose bias stays.
 
         The original weight is kept until `unmerge`, so that it comes back bit for bit.
 
@@ -215,18 +233,18 @@ class Linear(nn.Module, SealLayer):
         backend = self.quantization_backend
         if backend is not None and not backend.supports_merge:
             raise ValueError(
-                f"Scales cannot be merged into {backend.backend_name} weights. Keep the adapter unmerged (it runs on "
-                "any quantised base), or load the base model unquantised to merge."
+                f"Scales cannot be merged into {backend.backend_name} weights. Keep the adapter unmerged, which runs "
+                "on any quantised base, or load the base model unquantised."
             )
-        check_can_merge(self)
+        self.check_can_merge(names)
         if self.rope is not None:
             self.rope.wanted([*names, *self.active_adapters, *self.merged_adapters])
         before = self._snapshot()
-        original = self._original if self.merged else (before[0], with_merged(self, before[1], sign=-1))
+        original = self._original if self.merged else before._replace(weight=with_merged(self, before.weight, sign=-1))
         self._restore(original)
         try:
             merged = self._write_scaled(self.merged_adapters + names)
-            if safe_merge and not torch.isfinite(merged).all():
+            if safe_merge and not all(torch.isfinite(part).all() for part in merged):
                 raise ValueError(
                     f"NaNs detected in the merged weights. The adapter {', '.join(names)} seems to be broken"
                 )
@@ -242,36 +260,40 @@ class Linear(nn.Module, SealLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        base, weight = self._original
-        self._restore((base, with_merged(self, weight)))
+        self._restore(self._original._replace(weight=with_merged(self, self._original.weight)))
         self._original = None
         self.merged_adapters.clear()
         self._use_rope()
 
+    def check_can_merge(self, adapter_names: Sequence[str]) -> None:
+        """Raise a ValueError if scales of these adapters cannot become part of the weight."""
+        check_can_merge(self)
+
     @torch.no_grad()
-    def _write_scaled(self, adapter_names: list[str]) -> Tensor:
-        """Multiply the original weight by the scales; return the result as it is before a quantiser rounds it."""
-        scale = self._per_channel(adapter_names)
+    def _write_scaled(self, adapter_names: list[str]) -> list[Tensor]:
+        """Multiply the original weight by the scales; return what is written as it is before a quantiser rounds it."""
+        return [self._write_weight(self._per_channel(adapter_names), axis=1)]
+
+    def _write_weight(self, scale: Tensor, axis: int) -> Tensor:
+        """Multiply the weight, seen as `(outputs, inputs)`, along an axis."""
         if self.quantization_backend is not None:
-            return merge_quantized(self, scale)
-        # Conv1D keeps its weight as (in_features, out_features).
-        scale = scale.unsqueeze(-1) if isinstance(self.get_base_layer(), Conv1D) else scale
+            return merge_quantized(self, scale, axis)
+        # Conv1D keeps its weight as (inputs, outputs).
+        by_inputs = (axis == 1) != isinstance(self.get_base_layer(), Conv1D)
         weight = self.get_base_weight()
-        merged = with_merged(self, weight * scale).to(weight.dtype)
+        merged = with_merged(self, weight * (scale if by_inputs else scale.unsqueeze(-1))).to(weight.dtype)
         self.set_base_weight(merged)
         return merged
 
-    def _snapshot(self) -> tuple[nn.Module, Any]:
-        """What merging replaces: nothing is written in place, so holding the old objects is a full copy."""
+    def _snapshot(self) -> Snapshot:
         base = self.get_base_layer()
-        return base, base.weight.data if self.quantization_backend is None else take_snapshot(base)
+        return Snapshot(base, base.weight.data if self.quantization_backend is None else take_snapshot(base))
 
-    def _restore(self, snapshot: tuple[nn.Module, Any]) -> None:
-        base, weight = snapshot
+    def _restore(self, snapshot: Snapshot) -> None:
         if self.quantization_backend is None:
-            base.weight.data = weight.to(base.weight)
+            snapshot.base.weight.data = snapshot.weight.to(snapshot.base.weight)
         else:
-            restore_snapshot(self, weight)
+            restore_snapshot(self, snapshot.weight)
 
     def __repr__(self) -> str:
         return "seal." + super().__repr__()

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
-from typing import Any, cast
+from typing import Any, get_args
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
-from peft.utils import ModulesToSaveWrapper, get_quantization_kwargs
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
+from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from ..context.rope import rope_switch
 from . import joint, positions
-from .adapters import write_weighted_sum
-from .beside import check_can_merge, check_free_name, seal_inside, surround, tuner_layers
-from .config import SealConfig
-from .geometry import TARGET_MODULES, default_target_modules
+from .adapters import check_weighted, weighted_config, write_weighted_sum
+from .beside import check_free_name, seal_inside, surround, tuner_layers
+from .config import SealConfig, Site, check_sites
+from .geometry import TARGET_MODULES, default_target_modules, is_linear
 from .layer import Linear, SealLayer
+from .query import QueryLinear, QueryNorm
 from .rows import scaled_rows
-from .targets import check_targets, geometry_of
+from .targets import check_targets, geometry_of, is_target
 
 
 class SealModel(BaseTuner):
@@ -62,7 +61,10 @@ class SealModel(BaseTuner):
 
     def _prepare_model(self, peft_config: SealConfig, model: nn.Module) -> None:
         """Check every target before the first one is wrapped, so that an error leaves the model as it was."""
-        peft_config.heads = check_targets(peft_config, model, self._check_target_module_exists)
+        peft_config.heads = check_targets(peft_config, model)
+
+    def _check_target_module_exists(self, peft_config: SealConfig, key: str) -> Any:
+        return is_target(peft_config, self.model, key)
 
     def _create_and_replace(
         self,
@@ -78,12 +80,17 @@ class SealModel(BaseTuner):
         if seal is not None:
             seal.update_layer(adapter_name, peft_config)
             return
-        geometry = geometry_of(peft_config, self.model, target, current_key)
+        geometry, layout = geometry_of(peft_config, self.model, target, current_key)
         around: list[Any] = tuner_layers(target)
         if around:  # SEAL goes inside all other tuners: `W diag(s) x + B A x`
             parent, target_name, target = around[-1], "base_layer", around[-1].get_base_layer()
         kwargs = get_quantization_kwargs(self.model)
-        new_module = Linear(target, adapter_name, peft_config, geometry, **kwargs)
+        new_module: Linear
+        if layout is None:
+            new_module = Linear(target, adapter_name, peft_config, geometry, **kwargs)
+        else:
+            query_class = QueryLinear if is_linear(target) else QueryNorm
+            new_module = query_class(target, adapter_name, peft_config, geometry, layout, **kwargs)
         new_module.model_configs = self.peft_config
         wrapped = next((layer for layer in self.model.modules() if isinstance(layer, SealLayer)), None)
         if wrapped is not None and wrapped.disable_adapters:
@@ -123,16 +130,44 @@ class SealModel(BaseTuner):
         else:
             super().delete_adapter(adapter_name)
 
-    def _check_merge_allowed(self) -> None:
+    def merge_adapter(
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        sites: Sequence[Site] | None = None,
+    ) -> None:
+        """Merge adapters into the weights, where `unmerge_adapter` takes them out again.
+
+        Args:
+            adapter_names: Adapters to merge; `None` merges the active ones.
+            safe_merge: Refuse to write weights that are not finite.
+            sites: Merge SEAL's scales at these sites only; they act at the others as before. `None` merges all that
+                the adapters hold, those of other methods too.
+
+        Raises:
+            ValueError: Something cannot be merged; nothing has been.
+        """
+        if sites is None:
+            self._check_layers(adapter_names, get_args(Site))
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+            return
+        self._check_layers(adapter_names, check_sites(sites))
+        for layer in self.model.modules():
+            if isinstance(layer, Linear) and layer.site in sites:
+                with onload_layer(layer):
+                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def _check_layers(self, adapter_names: list[str] | None, sites: Sequence[Site]) -> None:
         """Ask every layer before the first one is merged."""
-        super()._check_merge_allowed()
-        for layer in self.modules():
-            if isinstance(layer, SealLayer):
-                check_can_merge(layer)
+        for layer in self.model.modules():
+            if isinstance(layer, Linear) and layer.site in sites:
+                layer.check_can_merge(layer.active_adapters if adapter_names is None else adapter_names)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         """As in PEFT; the model keeps the RoPE of what is in its weights."""
         names = (kwargs.get("adapter_names") or self.active_adapters) if merge else []
+        if merge:
+            self._check_layers(kwargs.get("adapter_names"), get_args(Site))
         with positions.unloading(rope_switch(self.model), self.model, names):
             super()._unload_and_optionally_merge(merge=merge, **kwargs)
         return self.model
@@ -183,50 +218,20 @@ class SealModel(BaseTuner):
             ValueError: A name is unknown or taken, weights are missing or not finite, or two adapters train whole
                 modules of the same name, which cannot be summed.
         """
-        self._check_weighted(adapters, weights, adapter_name)
+        check_weighted(self, adapters, weights, adapter_name)
         layers = {
-            name: layer
+            name.replace(".base_layer", ""): layer
             for name, layer in self.model.named_modules()
             if isinstance(layer, SealLayer) and any(adapter in layer.seal_delta for adapter in adapters)
         }
         rope = rope_switch(self.model)
         if rope is not None:
             rope.wanted(adapters)
-        configs = [cast(SealConfig, self.peft_config[adapter]) for adapter in adapters]
-        granularities = {config.granularity for config in configs}
-        self.peft_config[adapter_name] = replace(
-            configs[0],
-            granularity="channel" if "channel" in granularities else "head",
-            target_modules=[name.removesuffix(".base_layer") for name in layers],
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            num_attention_heads=_shared([config.num_attention_heads for config in configs]),
-            head_dim=_shared([config.head_dim for config in configs]),
-            heads=None,
-            init_weights=True,
-            inference_mode=True,
-        )
+        self.peft_config[adapter_name] = weighted_config(self.peft_config, adapters, layers)
         self.inject_adapter(self.model, adapter_name)
         with torch.no_grad():
             for layer in layers.values():
                 write_weighted_sum(layer, adapters, weights, adapter_name)
-
-    def _check_weighted(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
-        if adapter_name in self.peft_config:
-            raise ValueError(f"There already is an adapter named {adapter_name!r}. Delete it or choose another name.")
-        if unknown := [name for name in adapters if name not in self.peft_config]:
-            raise ValueError(f"Unknown adapters {unknown}. The model has: {', '.join(self.peft_config)}.")
-        if not adapters or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
-            raise ValueError(
-                f"Give one finite weight per adapter; got {len(adapters)} adapters and weights={weights}."
-            )
-        for module in self.modules():
-            if (
-                isinstance(module, ModulesToSaveWrapper)
-                and sum(name in module.modules_to_save for name in adapters) > 1
-            ):
-                raise ValueError("Cannot combine adapters that train the same module in full (`modules_to_save`).")
 
     @classmethod
     def _get_adapter_state_dict(
@@ -279,7 +284,3 @@ class SealModel(BaseTuner):
                     "diverged; do not use it."
                 )
         return remapped
-
-
-def _shared(values: list[int | None]) -> int | None:
-    return values[0] if len(set(values)) == 1 else None

@@ -83,12 +83,13 @@ def check_gradients_flow(base: nn.Module) -> None:
         )
 
 
-def merge_quantized(layer: SealLayer, scale: Tensor) -> Tensor:
+def merge_quantized(layer: SealLayer, scale: Tensor, axis: int) -> Tensor:
     """Fold a scale into a quantised weight, exactly if its format allows it, else by quantising again with a warning.
 
     Args:
         layer: The wrapped layer; its base layer is changed or replaced.
-        scale: Factor of each input feature, fp32, shape `(in_features,)`.
+        scale: Factor of each input or output feature, fp32, one dimension.
+        axis: 1 for inputs, 0 for outputs.
 
     Returns:
         The scaled numbers before they are rounded to what the format stores: group scales, or the whole weight.
@@ -99,8 +100,9 @@ def merge_quantized(layer: SealLayer, scale: Tensor) -> Tensor:
     base = layer.get_base_layer()
     # A layer whose weight is a plain tensor, such as HQQ's, is its own format.
     name = next((n for n in (type(base).__name__, _weight_type(base)) if n in _EXACT), None)
-    written = _EXACT[name](layer, base, scale) if name else None
-    return _requantize(layer, base, scale) if written is None else written
+    written = _EXACT[name](layer, base, scale, axis) if name else None
+    # A column of factors multiplies the rows, which are the outputs.
+    return _requantize(layer, base, scale if axis else scale.unsqueeze(-1)) if written is None else written
 
 
 def _weight_type(base: nn.Module) -> str:
@@ -134,21 +136,27 @@ def _requantize(layer: SealLayer, base: nn.Module, scale: Tensor) -> Tensor:
     return merged
 
 
-def _per_group(scale: Tensor, group_size: int) -> Tensor | None:
-    """Return the scale of each group of inputs, or `None` where inputs of one group have different scales."""
-    if len(scale) % group_size:
+def _per_group(scale: Tensor, group_size: int, inputs: int, axis: int) -> Tensor | None:
+    """Return the factor of each group of inputs, shape `(1, groups in a row)`, or `(outputs, 1)` for `axis=0`.
+
+    `None` where one group has weights with different factors.
+    """
+    if inputs % group_size:
         return None  # groups would run on into the next row
+    if axis == 0:
+        return scale.unsqueeze(1)
     groups = scale.view(-1, group_size)
-    return groups[:, 0] if bool((groups == groups[:, :1]).all()) else None
+    return groups[:, 0].unsqueeze(0) if bool((groups == groups[:, :1]).all()) else None
 
 
-def _bnb_4bit(layer: SealLayer, base: Any, scale: Tensor) -> Tensor | None:
+def _bnb_4bit(layer: SealLayer, base: Any, scale: Tensor, axis: int) -> Tensor | None:
     """NF4 and FP4: `absmax` of each block, in fp32; doubly quantised ones are expanded first."""
     from bitsandbytes.functional import QuantState, dequantize_blockwise
     from bitsandbytes.nn import Params4bit
 
     state = base.weight.quant_state
-    groups = _per_group(scale, state.blocksize) if state.shape[-1] == len(scale) else None
+    outputs, inputs = state.shape
+    groups = _per_group(scale, state.blocksize, inputs, axis) if state.shape[axis] == len(scale) else None
     if groups is None:
         return None
     weight = _unpacked(base.weight)
@@ -156,7 +164,7 @@ def _bnb_4bit(layer: SealLayer, base: Any, scale: Tensor) -> Tensor | None:
     absmax = state.absmax
     if state.nested:
         absmax = dequantize_blockwise(absmax, state.state2) + state.offset
-    absmax = (absmax.float().view(-1, len(groups)) * groups).view(-1)
+    absmax = (absmax.float().view(outputs, -1) * groups).view(-1)
     base.quant_state = QuantState(absmax, state.shape, state.code, state.blocksize, state.quant_type, state.dtype)
     base.weight = Params4bit(
         weight.data,
@@ -189,17 +197,19 @@ def _unpacked(weight: Any) -> Any:
     return Params4bit(data, requires_grad=False, **{**kwargs, "quant_state": state, "compress_statistics": False})
 
 
-def _hqq(layer: SealLayer, base: Any, scale: Tensor) -> Tensor | None:
+def _hqq(layer: SealLayer, base: Any, scale: Tensor, axis: int) -> Tensor | None:
     """HQQ: `(code - zero) * scale` by group, in the compute dtype."""
     meta = base.meta
     if "scale" not in meta or not meta.get("channel_wise", True):
         return None  # group scales that are themselves quantised or kept on another device
-    outputs, group_size = meta["shape"][0], meta["group_size"]
+    (outputs, inputs), group_size = meta["shape"], meta["group_size"]
     if meta["axis"] == 1:
-        groups = _per_group(scale, group_size)
-        factor = None if groups is None else groups.repeat(outputs).unsqueeze(1)
-    else:  # groups run along the outputs, so that each belongs to one input
-        factor = scale.repeat(outputs // group_size).unsqueeze(0) if outputs % group_size == 0 else None
+        groups = _per_group(scale, group_size, inputs, axis)
+        factor = None if groups is None else groups.expand(outputs, inputs // group_size).reshape(-1, 1)
+    elif axis == 1 and outputs % group_size == 0:  # groups run along the outputs, so that each belongs to one input
+        factor = scale.repeat(outputs // group_size).unsqueeze(0)
+    else:
+        factor = None
     if factor is None:
         return None
     scaled = (meta["scale"].float() * factor).to(meta["scale"].dtype)
@@ -210,21 +220,28 @@ def _hqq(layer: SealLayer, base: Any, scale: Tensor) -> Tensor | None:
     return scaled
 
 
-def _torchao(fields: tuple[str, ...], axis: int) -> Callable[[Any, Any, Tensor], Tensor | None]:
-    """Build the function for a torchao format with the given group scales and offsets, whose groups lie on `axis`."""
+def _torchao(fields: tuple[str, ...], transposed: bool) -> Callable[[Any, Any, Tensor, int], Tensor | None]:
+    """Build the function for a torchao format with the given group scales and offsets, `(outputs, groups)` at first.
 
-    def absorb(layer: SealLayer, base: Any, scale: Tensor) -> Tensor | None:
+    Args:
+        fields: Names of the group scales and offsets.
+        transposed: Whether they lie as `(groups, outputs)`.
+    """
+
+    def absorb(layer: SealLayer, base: Any, scale: Tensor, axis: int) -> Tensor | None:
         weight = base.weight
-        groups = _per_group(scale, weight.block_size[-1])
+        groups = _per_group(scale, weight.block_size[-1], base.in_features, axis)
         if groups is None:
             return None
+        groups = groups.T if transposed else groups
         attributes = {name: getattr(weight, name) for name in _attribute_names(type(weight))}
         for name in fields:
             stored = attributes[name]
             # Tile-packed weights are padded with groups of zeros.
-            factor = nn.functional.pad(groups, (0, stored.shape[axis] - len(groups)), value=1.0)
-            shape = [-1 if dim == axis else 1 for dim in range(stored.dim())]
-            attributes[name] = (stored.float() * factor.view(shape)).to(stored.dtype)
+            more = [0 if size == 1 else full - size for size, full in zip(groups.shape, stored.shape, strict=False)]
+            factor = nn.functional.pad(groups, (0, more[1], 0, more[0]), value=1.0)
+            factor = factor.view(*factor.shape, *[1] * (stored.dim() - 2))
+            attributes[name] = (stored.float() * factor).to(stored.dtype)
         base.weight = nn.Parameter(type(weight)(**attributes), requires_grad=False)
         return torch.cat([attributes[name].flatten() for name in fields])
 
@@ -237,10 +254,10 @@ def _attribute_names(cls: Any) -> list[str]:
 
 
 # By the name of the weight's class, or of the layer's: importing the packages here would make them requirements.
-_EXACT: dict[str, Callable[[Any, Any, Tensor], Tensor | None]] = {
+_EXACT: dict[str, Callable[[Any, Any, Tensor, int], Tensor | None]] = {
     "Params4bit": _bnb_4bit,
     "HQQLinear": _hqq,
-    "IntxUnpackedToInt8Tensor": _torchao(("scale",), axis=1),
-    "Int4Tensor": _torchao(("scale", "zero_point"), axis=0),
-    "Int4TilePackedTo4dTensor": _torchao(("scale_and_zero",), axis=0),
+    "IntxUnpackedToInt8Tensor": _torchao(("scale",), transposed=False),
+    "Int4Tensor": _torchao(("scale", "zero_point"), transposed=True),
+    "Int4TilePackedTo4dTensor": _torchao(("scale_and_zero",), transposed=True),
 }

@@ -69,14 +69,15 @@ def _checked(model: nn.Module, layers: Sequence[SealLayer], adapter_names: Seque
 
 
 def _gather(layer: SealLayer, rows: Sequence[str]) -> Tensor | None:
-    """Scales of all rows in one layer, `(rows, num_heads, 1 or head_dim)`; `None` where no adapter is left at all."""
+    """Scales of all rows in one layer, `(rows, heads, 1 or head_dim)`; `None` where no adapter is left at all."""
     index: dict[str, int] = {}
     for name in rows:
         if name in layer.seal_delta:
             index.setdefault(name, len(index) + 1)
     if not index:  # ones, because without row scales the layer would apply its active adapter
         others = [layer.offset(name) for name in layer.seal_delta]
-        return torch.ones(len(rows), layer.geometry.num_heads, 1, device=others[0].device) if others else None
+        ones = torch.ones(len(rows), layer.geometry.num_heads, 1, device=others[0].device) if others else None
+        return None if ones is None else layer.spread(ones)
     with torch.no_grad():
         offsets: list[Tensor] = [layer.offset(name) for name in index]
         wide = max(offset.dim() for offset in offsets)
@@ -86,7 +87,7 @@ def _gather(layer: SealLayer, rows: Sequence[str]) -> Tensor | None:
         table = torch.stack([torch.zeros_like(offsets[0]), *offsets]).float()
         alphas = torch.tensor([0.0, *(layer.seal_alpha[name] for name in index)], device=table.device)
         table = 1 + alphas.view(-1, 1, 1) * table
-        return table[torch.tensor([index.get(name, 0) for name in rows], device=table.device)]
+        return layer.spread(table)[torch.tensor([index.get(name, 0) for name in rows], device=table.device)]
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]) -> Any:

@@ -11,7 +11,8 @@ import errno
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ _UNFINISHED, _COMMITTED = ".saving-", ".saved"
 _CARD = "README.md"
 
 
-def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str = "default") -> Path:
+def save_adapter(
+    model: Any,
+    folder: str | os.PathLike[str],
+    adapter_name: str = "default",
+    sites: Sequence[str] | None = None,
+) -> Path:
     """Save one adapter of a model into a folder, all of it or nothing.
 
     Writes the files of `model.save_pretrained(folder)`, directly into the folder whatever the name of the adapter;
@@ -36,11 +42,13 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
         model: A `PeftModel`.
         folder: Where to; made if missing.
         adapter_name: Which adapter.
+        sites: Save only the scales at these of its sites, as an adapter of its own. `None` saves all.
 
     Returns:
         The folder.
 
     Raises:
+        ValueError: The adapter has no scales at one of the sites.
         OSError: The files cannot be written. What was in the folder is unchanged.
 
     Example:
@@ -48,6 +56,8 @@ def save_adapter(model: Any, folder: str | os.PathLike[str], adapter_name: str =
         seal_peft.save_adapter(model, "runs/demo/adapter")
         ```
     """
+    if sites is not None:
+        return write_adapter(folder, *_part(model, adapter_name, sites))
     with _replacing(Path(folder)) as new:
         card = Path(folder) / _CARD
         if card.is_file():
@@ -97,6 +107,32 @@ def finish_save(folder: str | os.PathLike[str]) -> None:
 def discard_save(folder: str | os.PathLike[str]) -> None:
     """Drop what an interrupted save left behind, because newer files are being written over it."""
     shutil.rmtree(Path(folder) / _COMMITTED, ignore_errors=True)
+
+
+def _part(model: Any, adapter_name: str, sites: Sequence[str]) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Take the scales at some sites out of an adapter, with a config that asks for no others."""
+    config = model.peft_config[adapter_name]
+    if missing := sorted(set(sites) - set(config.sites)):
+        raise ValueError(f"Adapter {adapter_name!r} has no scales at {missing}; its sites are {config.sites}.")
+    if config.modules_to_save:
+        raise ValueError(
+            f"Adapter {adapter_name!r} trains whole modules, too (modules_to_save={config.modules_to_save}), which "
+            "belong to no site. Save all of it."
+        )
+    layers = {
+        name.replace(".base_layer", ""): layer
+        for name, layer in model.named_modules()
+        if getattr(layer, "site", None) in sites and adapter_name in layer.seal_delta
+    }
+    part = replace(
+        config,
+        sites=tuple(sites),
+        granularity=config.granularity if "output" in sites else "head",
+        query_modules=config.query_modules if "query" in sites else None,
+        heads=[list(layer.geometry) for layer in layers.values()],
+        inference_mode=True,
+    )
+    return part, {f"{name}.seal_delta.weight": layer.offset(adapter_name) for name, layer in layers.items()}
 
 
 @contextlib.contextmanager

@@ -13,6 +13,11 @@ from .kernels import fits_kernel, multiply_kernel, product_sum_kernel
 _CHUNK = 4096
 
 
+def apply_scale(x: Tensor, scale: Tensor) -> Tensor:
+    """Multiply by one scale for all rows, see `scale_channels`, or one for each, see `scale_rows`."""
+    return scale_channels(x, scale) if scale.dim() == 1 else scale_rows(x, scale)
+
+
 def scale_channels(x: Tensor, scale: Tensor) -> Tensor:
     """Multiply `x` by `scale`, in fp32 inside and rounded once to the dtype of `x`.
 

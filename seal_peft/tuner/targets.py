@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from .beside import seal_inside, tuner_layers
 from .config import SealConfig
 from .geometry import HeadGeometry, head_geometry
+from .queries import QUERY_NAMES, QueryLayout, query_layout, query_name
 
 # Attention projections whose input is the hidden state: their sizes often fit, their meaning does not.
 _INPUT_PROJECTIONS = frozenset(
@@ -21,21 +22,57 @@ _INPUT_PROJECTIONS = frozenset(
 )
 
 
-def check_targets(
-    config: SealConfig, model: nn.Module, is_target: Callable[[SealConfig, str], Any]
-) -> list[list[int]]:
+def is_target(config: SealConfig, model: nn.Module, name: str) -> Any:
+    """Tell whether a config targets a module, at any of its sites; as PEFT does, with a falsy value for excluded ones.
+
+    Args:
+        config: The adapter's config, its target modules decided.
+        model: The base model, with or without adapters.
+        name: Full name of the module.
+    """
+    output = check_target_module_exists(config, name)
+    if isinstance(output, _ExcludedModule):
+        return output
+    if output and "output" in config.sites:
+        return output
+    return "query" in config.sites and is_query(config, model, name)
+
+
+def is_query(config: SealConfig, model: nn.Module, name: str) -> bool:
+    """Tell whether a module is where a config finds queries, whatever sites it asks for."""
+    if check_target_module_exists(config, name):
+        return False  # named as an output projection; whether it is one is checked elsewhere
+    if config.query_modules is not None:
+        by_name = copy.copy(config)
+        by_name.target_modules = config.query_modules
+        return bool(check_target_module_exists(by_name, name))
+    parent, _, child = name.rpartition(".")
+    return child in QUERY_NAMES and _outputs(config, model, parent) != [] and child == _query_child(model, parent)
+
+
+def _outputs(config: SealConfig, model: nn.Module, parent: str) -> list[str]:
+    """Names of the targeted output projections among the children of a module."""
+    names = [f"{parent}.{child}" for child, _ in model.get_submodule(parent).named_children()]
+    return [name for name in names if check_target_module_exists(config, name)]
+
+
+def _query_child(model: nn.Module, parent: str) -> str:
+    return query_name(model.get_submodule(parent), parent)
+
+
+def check_targets(config: SealConfig, model: nn.Module) -> list[list[int]]:
     """Check every module that a config targets, changing nothing.
 
     Args:
         config: The adapter's config, its targets decided.
         model: The base model, with or without adapters.
-        is_target: PEFT's test whether a config targets a module of a given name.
 
     Returns:
         `[num_heads, head_dim]` of every target, in the order of the model.
 
     Raises:
-        ValueError: A target's heads cannot be found, or are not those that the adapter was trained on.
+        ValueError: A target's heads, or the query beside an output projection, cannot be found; or they are not those
+            that the adapter was trained on.
         TypeError: A target is of a kind that cannot be wrapped.
     """
     inside: tuple[str, ...] = ()
@@ -45,9 +82,12 @@ def check_targets(
             continue
         if isinstance(module, BaseTunerLayer):
             inside += (name + ".",)
-        if is_target(config, name):
-            _check_supported(module, name)
-            found.append(list(geometry_of(config, model, module, name)))
+        if "query" in config.sites and config.query_modules is None and check_target_module_exists(config, name):
+            _query_child(model, name.rpartition(".")[0])
+        if is_target(config, model, name):
+            if not is_query(config, model, name):
+                _check_supported(module, name)
+            found.append(list(geometry_of(config, model, module, name)[0]))
     expected = config._expected_heads
     if expected is not None and found != [list(pair) for pair in expected]:
         raise ValueError(
@@ -58,8 +98,12 @@ def check_targets(
     return found
 
 
-def geometry_of(config: SealConfig, model: nn.Module, target: nn.Module, name: str) -> HeadGeometry:
-    """Find the heads that a target reads; where adapters stand already, theirs hold.
+def geometry_of(
+    config: SealConfig, model: nn.Module, target: nn.Module, name: str
+) -> tuple[HeadGeometry, QueryLayout | None]:
+    """Find the heads that a target reads or, with their layout, the query heads that it returns.
+
+    Where adapters stand already, theirs hold.
 
     Raises:
         ValueError: The heads cannot be found, or disagree with the adapters already there.
@@ -74,7 +118,7 @@ def geometry_of(config: SealConfig, model: nn.Module, target: nn.Module, name: s
                     f"SealConfig({field}={value}) disagrees with the adapters that {name} carries already, which "
                     f"have {field}={own}. Adapters of one module share its heads: give the same number, or None."
                 )
-        return seal.geometry
+        return seal.geometry, getattr(seal, "layout", None)
     target = tuner_layers(target)[-1].get_base_layer() if isinstance(target, BaseTunerLayer) else target
     parent = model.get_submodule(name.rpartition(".")[0])
     if isinstance(parent, nn.MultiheadAttention):
@@ -82,13 +126,20 @@ def geometry_of(config: SealConfig, model: nn.Module, target: nn.Module, name: s
             f"{name} belongs to a torch.nn.MultiheadAttention, which reads its weight without calling it, so that "
             "scales on its input would do nothing. Leave it out with `exclude_modules`."
         )
-    return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim)
+    if not is_query(config, model, name):
+        return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim), None
+    num_heads = config.num_attention_heads
+    for output in _outputs(config, model, name.rpartition(".")[0])[:1]:
+        num_heads = geometry_of(config, model, model.get_submodule(output), output)[0].num_heads
+    model_config: Any = getattr(model, "config", None)
+    text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
+    return query_layout(parent, target, name, getattr(text_config, "model_type", None), num_heads, config.head_dim)
 
 
 def _describe(heads: list[list[int]]) -> str:
     """Say how many attention layers there are of each number of heads and head size."""
     kinds = Counter((num_heads, head_dim) for num_heads, head_dim in heads)
-    described = [f"{n} attention layers with (num_heads, head_dim) = {kind}" for kind, n in kinds.items()]
+    described = [f"{n} modules with (num_heads, head_dim) = {kind}" for kind, n in kinds.items()]
     return " and ".join(described) or "no module of the names it targets"
 
 
@@ -96,7 +147,8 @@ def _check_supported(module: nn.Module, name: str) -> None:
     if name.rpartition(".")[2] in _INPUT_PROJECTIONS:
         raise ValueError(
             f"{name} reads the hidden state, not the heads. SEAL scales the input of the attention output projection: "
-            "name that one in `target_modules` (often `o_proj`, `out_proj` or `dense`), or leave it to the default."
+            "name that one in `target_modules` (often `o_proj`, `out_proj` or `dense`), or leave it to the default. "
+            "For a scale on queries, use sites=('output', 'query')."
         )
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(

@@ -1,0 +1,348 @@
+"""Which sites to scale: outputs of heads, of their channels, queries, or both, on line retrieval with SmolLM2.
+
+Every system gets the same samples, steps and search over learning rates. The rate with the lowest loss on validation
+samples is trained with more seeds, and each of these is tested by generation. `native` is the model's own window,
+`ntk` four times that by the NTK-aware base that the adapter brings along; `beyond` trains below the native length
+under it and tests above, to compare a constant temperature with one that grows with the position.
+
+    python benchmarks/sites.py data --settings native ntk beyond --work runs/sites  # needs the tokenizer only
+    python benchmarks/sites.py run --settings native --work runs/sites --output results/sites-native.json
+
+Everything that is finished stays in the work folder; the same command goes on from there. Jobs are shared by
+`--workers` processes, spread over the GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import Trainer, TrainingArguments
+
+from seal_peft import SealConfig, save_adapter
+from seal_peft.data import make_samples, read_samples, write_samples
+from seal_peft.files import write_json
+from seal_peft.generation import generate_answers, make_batches
+from seal_peft.loading import load_model, load_tokenizer
+from seal_peft.provenance import provenance
+from seal_peft.statistics import mean_interval
+from seal_peft.tasks import TASKS, Sample
+from seal_peft.tokens import AnswerCollator, encode_prompt, encode_training
+from seal_peft.tuner.query import QueryLinear
+
+BOTH = ("output", "query")
+SYSTEMS: dict[str, dict[str, Any]] = {
+    "output-head": {},
+    "output-channel": {"granularity": "channel"},
+    "query": {"sites": ("query",)},
+    "output-head+query": {"sites": BOTH},
+    "output-channel+query": {"sites": BOTH, "granularity": "channel"},
+}
+GROWING = "output-head+growing query"
+NTK = {"rope_type": "ntk", "factor": 4.0}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained and tested on.
+
+    Attributes:
+        systems: Names of systems.
+        train_lengths: Lengths in tokens, as many contexts of each.
+        contexts: Contexts for each length.
+        questions: Questions about each context.
+        test_lengths: Lengths in tokens.
+        rope: RoPE that the adapters bring along.
+    """
+
+    systems: tuple[str, ...]
+    train_lengths: tuple[int, ...]
+    contexts: int
+    questions: int
+    test_lengths: tuple[int, ...]
+    rope: dict[str, Any] | None = None
+
+
+SETTINGS = {
+    "native": Setting(tuple(SYSTEMS), (512, 1024, 2048, 4096, 6144, 8192), 200, 4, (1024, 4096, 8192)),
+    "ntk": Setting(tuple(SYSTEMS), (2048, 4096, 8192, 16384, 24576, 31744), 40, 8, (16384, 32768), NTK),
+    "beyond": Setting(("output-head+query", GROWING), (1024, 2048, 4096, 8192), 150, 8, (8192, 16384, 32768), NTK),
+    "tiny": Setting((*SYSTEMS, GROWING), (384, 512), 4, 2, (512,), NTK),
+}
+
+
+# -- a temperature that grows with the position -----------------------------------------------------------------------
+
+
+def make_growing(model: torch.nn.Module) -> None:
+    """Let the query scales of a model be `1 + delta * log(1 + position) / log(1 + 8192)`: equal at 8,192 tokens."""
+    for attention in model.modules():
+        layer = getattr(attention, "q_proj", None)
+        if isinstance(layer, QueryLinear):
+            attention.register_forward_pre_hook(_note_positions, with_kwargs=True)
+            layer.__class__ = _GrowingQuery
+
+
+def _note_positions(attention: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    attention.q_proj.positions = kwargs["position_ids"]
+
+
+class _GrowingQuery(QueryLinear):
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        offset = self.offset("default").float().repeat_interleave(self.geometry.head_dim)
+        growth = torch.log1p(self.positions.float()) / math.log1p(8192)
+        result = self.base_layer(x, *args, **kwargs)
+        return (result * (1 + growth.unsqueeze(-1) * offset)).to(result.dtype)
+
+
+def _samples(model: str, name: str, length: int, n: int, questions: int, seed: int) -> list[Sample]:
+    numbers = {"lengths": [length], "num_samples": n, "questions_per_context": questions, "seed": seed}
+    split = "test" if name == "test" else "train"
+    return make_samples("lines", tokenizer=load_tokenizer(model), split=split, **numbers)
+
+
+# -- one job ----------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """One setting in a work folder."""
+
+    def __init__(self, options: argparse.Namespace, name: str) -> None:
+        self.options, self.name, self.setting = options, name, SETTINGS[name]
+        self.folder = Path(options.work) / name
+        self.tokenizer: Any = None
+
+    def data(self) -> None:
+        """Make the samples of all seeds that are not there yet, each length in a process of its own."""
+        setting = self.setting
+        files = {
+            f"train-{seed}": (setting.train_lengths, setting.contexts, setting.questions, seed)
+            for seed in range(self.options.seeds)
+        }
+        files["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, 1000)
+        files["test"] = (setting.test_lengths, self.options.num_samples, 1, 0)
+        missing = {name: numbers for name, numbers in files.items() if not (self.folder / f"{name}.jsonl").is_file()}
+        with ProcessPoolExecutor() as pool:
+            parts = {
+                name: [pool.submit(_samples, self.options.model, name, n, *rest) for n in lengths]
+                for name, (lengths, *rest) in missing.items()
+            }
+            for name, futures in parts.items():
+                write_samples(self.folder / f"{name}.jsonl", [s for future in futures for s in future.result()])
+
+    def rows(self, name: str) -> list[dict[str, list[int]]]:
+        """Tokens and labels of a file of samples."""
+        self.tokenizer = self.tokenizer or load_tokenizer(self.options.model)
+        return [encode_training(sample, self.tokenizer) for sample in read_samples(self.folder / f"{name}.jsonl")]
+
+    def train(self, system: str, rate: float, seed: int) -> dict[str, Any]:
+        """Train one adapter, unless it is there; return what it cost and its loss on the validation samples."""
+        output = self.folder / f"{system}-{rate:g}-{seed}"
+        if (output / "run.json").is_file():
+            return json.loads((output / "run.json").read_text())
+        torch.manual_seed(seed)
+        settings = SYSTEMS["output-head+query" if system == GROWING else system]
+        config = SealConfig(**settings, rope_parameters=self.setting.rope, task_type="CAUSAL_LM")
+        base = load_model(self.options.model)
+        base.config.use_cache = False
+        model = get_peft_model(base, config)
+        if system == GROWING:
+            make_growing(model)
+        rows = self.rows(f"train-{seed}")
+        arguments = TrainingArguments(
+            str(output),
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=4,
+            num_train_epochs=1,
+            learning_rate=rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=10,
+            max_grad_norm=1.0,
+            logging_steps=20,
+            save_strategy="no",
+            report_to="none",
+            seed=seed,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+        )
+        collator = AnswerCollator(self.tokenizer.pad_token_id)
+        trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+        save_adapter(model, output)
+        run = {
+            "seconds": seconds,
+            "tokens": sum(len(row["input_ids"]) for row in rows),
+            "parameters": model.get_nb_trainable_parameters()[0],
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "valid_loss": self._loss(model.eval(), collator),
+            "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
+        }
+        write_json(output / "run.json", run)
+        return run
+
+    @torch.inference_mode()
+    def _loss(self, model: Any, collator: AnswerCollator) -> float:
+        losses = []
+        for row in self.rows("valid"):
+            batch = {key: v.to(model.device) if torch.is_tensor(v) else v for key, v in collator([row]).items()}
+            losses.append(model(**batch).loss.item())
+        return mean(losses)
+
+    def test(self, system: str, rate: float, seed: int) -> dict[str, list[float]]:
+        """Let one adapter (the base model at rate 0) answer the test samples; return right and wrong by length."""
+        path = self.folder / f"{system}-{rate:g}-{seed}.scores.json"
+        if path.is_file():
+            return json.loads(path.read_text())
+        model = load_model(self.options.model).eval()
+        if rate:
+            model = PeftModel.from_pretrained(model, self.folder / f"{system}-{rate:g}-{seed}").eval()
+        elif self.setting.rope:
+            get_peft_model(model, SealConfig(rope_parameters=self.setting.rope))  # scales of 1: the base under RoPE
+        if system == GROWING:
+            make_growing(model)
+        self.tokenizer = self.tokenizer or load_tokenizer(self.options.model)
+        scores: dict[str, list[float]] = {}
+        samples = read_samples(self.folder / "test.jsonl")
+        task = TASKS["lines"]
+        prompts = [encode_prompt(sample, self.tokenizer) for sample in samples]
+        found: dict[int, float] = {}
+        limit = task.max_new_tokens
+        for batch in make_batches(prompts, [limit] * len(prompts), self.options.batch_size):
+            answers = generate_answers(model, self.tokenizer, [prompts[i] for i in batch], limit)
+            found |= {i: task.score(answer, samples[i].answers) for i, answer in zip(batch, answers, strict=True)}
+        for index, sample in enumerate(samples):
+            scores.setdefault(str(sample.length), []).append(found[index])
+        write_json(path, scores)
+        return scores
+
+    # -- all of them --------------------------------------------------------------------------------------------------
+
+    def searches(self) -> list[tuple[str, float, int]]:
+        """Jobs that search the learning rate of every system, with the first seed."""
+        return [(system, rate, 0) for rate in self.options.rates for system in self.setting.systems]
+
+    def best(self, system: str) -> float:
+        """Learning rate with the lowest validation loss."""
+        return min(self.options.rates, key=lambda rate: self.train(system, rate, 0)["valid_loss"])
+
+    def finals(self) -> list[tuple[str, float, int]]:
+        """Jobs that train and test with the rate that was found, and the base model."""
+        seeds = range(self.options.seeds)
+        return [*((s, self.best(s), seed) for seed in seeds for s in self.setting.systems), ("base", 0.0, 0)]
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that was found, for the results file."""
+        systems: dict[str, Any] = {}
+        for system, rate, seed in self.finals():
+            scores = self.test(system, rate, seed)
+            entry = systems.setdefault(system, {"rate": rate, "runs": []})
+            run = self.train(system, rate, seed) if rate else {}
+            entry["runs"].append({"seed": seed, **run, "accuracy": {key: mean(v) for key, v in scores.items()}})
+            entry.setdefault("scores", []).append(scores)
+        for system, entry in systems.items():
+            by_seed = entry.pop("scores")
+            entry["accuracy"] = {length: _interval([own[length] for own in by_seed]) for length in by_seed[0]}
+            if system != "base":
+                entry["search"] = {
+                    f"{rate:g}": self.train(system, rate, 0)["valid_loss"] for rate in self.options.rates
+                }
+        return {"setting": asdict(self.setting), "systems": systems}
+
+
+def _interval(scores: list[list[float]]) -> dict[str, float]:
+    """Mean and 95% interval over samples, each of them the mean over seeds: seeds answer the same samples."""
+    value, low, high = mean_interval([mean(own) for own in zip(*scores, strict=True)])
+    return {"mean": value, "low": low, "high": high, "n": len(scores[0])}
+
+
+# -- many processes ---------------------------------------------------------------------------------------------------
+
+
+def claimed(folder: Path, jobs: list[tuple[str, float, int]]) -> Iterator[tuple[str, float, int]]:
+    """Yield the jobs that no other process has begun in this call."""
+    for job in jobs:
+        try:
+            (folder / "{}-{:g}-{}.claim".format(*job)).touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        yield job
+
+
+def work(bench: Bench, phase: str) -> None:
+    """Do a share of the jobs of one phase."""
+    torch.set_num_threads(1)
+    for job in claimed(bench.folder, bench.searches() if phase == "search" else bench.finals()):
+        if job[1]:
+            bench.train(*job)
+        if phase == "final":
+            bench.test(*job)
+        print(bench.name, *job, flush=True)
+
+
+def spread(options: argparse.Namespace, name: str, phase: str) -> None:
+    """Run the jobs of one phase in worker processes and wait for all of them."""
+    for claim in (Path(options.work) / name).glob("*.claim"):
+        claim.unlink()
+    gpus = max(1, torch.cuda.device_count())
+    command = [sys.executable, __file__, "work", "--phase", phase, *sys.argv[2:], "--settings", name]
+    running = []
+    for number in range(options.workers):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
+        running.append(subprocess.Popen(command, env=environment))
+    if any([process.wait() for process in running]):
+        sys.exit(f"a worker of {name}, {phase}, failed")
+
+
+def main() -> None:
+    """Read the command line and run one verb."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["data", "run", "work"])
+    parser.add_argument("--settings", nargs="+", default=["native"], choices=SETTINGS)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--work", default="runs/sites")
+    parser.add_argument("--output", type=Path, default=Path("runs/sites.json"))
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--num_samples", type=int, default=100, help="test samples of each length")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--phase", choices=["search", "final"])
+    options = parser.parse_args()
+    benches = [Bench(options, name) for name in options.settings]
+    if options.verb == "work":
+        work(benches[0], options.phase)
+        return
+    for bench in tqdm(benches, desc=options.verb, unit="setting", disable=len(benches) == 1):
+        if options.verb == "data":
+            bench.data()
+            continue
+        for phase in ("search", "final"):
+            spread(options, bench.name, phase)
+    if options.verb == "run":
+        results = {bench.name: bench.summary() for bench in benches}
+        write_json(options.output, {"task": "lines", **results, **provenance()})
+        for name, result in results.items():
+            for system, entry in result["systems"].items():
+                cells = " ".join(f"{length}: {cell['mean']:.3f}" for length, cell in entry["accuracy"].items())
+                print(f"{name:8} {system:28} lr {entry['rate']:g}  {cells}")
+
+
+if __name__ == "__main__":
+    main()

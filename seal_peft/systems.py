@@ -1,0 +1,130 @@
+"""Who answers, and what each reads: systems by name, samples in a model's tokens, and how far each system reaches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from .data import check_window, has_position_table, window_of
+from .loading import check_adapter, load_config, load_tokenizer
+from .reach import reach
+from .tasks import Sample, get_task
+from .tokens import encode_question
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class System:
+    """One thing that answers: a plain model, or a base model with an adapter.
+
+    Attributes:
+        name: Name in the results.
+        model: Model to load.
+        adapter: Adapter to load onto it, if any.
+    """
+
+    name: str
+    model: str
+    adapter: str | None = None
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The samples as one model reads them.
+
+    Attributes:
+        tokenizer: The model's tokenizer.
+        prompts: Token ids of each sample's prompt.
+        limits: Longest answer to each, in tokens.
+        longest: Tokens of the longest prompt with its right answer.
+        ends: Tokens that end a turn in the model's chat template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[list[int]]
+    limits: list[int]
+    longest: int
+    ends: list[int]
+
+
+def name_systems(base: str, adapters: Sequence[str], models: Sequence[str], skip_base: bool) -> list[System]:
+    """Give every system its name.
+
+    Args:
+        base: Model that the adapters are for.
+        adapters: PATH or NAME=PATH of each.
+        models: PATH or NAME=PATH of further plain models.
+        skip_base: Leave the base model itself out.
+
+    Raises:
+        ValueError: There is no system, or two have one name.
+    """
+    systems = [] if skip_base else [System(BASE, base)]
+    systems += [System(name, base, path) for name, path in map(_named, adapters)]
+    systems += [System(name, path) for name, path in map(_named, models)]
+    names = [system.name for system in systems]
+    if not systems or len(set(names)) < len(names):
+        raise ValueError(f"Systems need distinct names, at least one; got {names}. Name them as NAME=PATH.")
+    return systems
+
+
+def _named(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    return (name, path) if equals else (Path(text).resolve().name, text)
+
+
+def read_questions(model: str, samples: Sequence[Sample], max_new_tokens: int | None) -> Questions:
+    """Tokenise the samples for a model.
+
+    Args:
+        model: Hub id, local folder, or `smollm2`.
+        samples: What is asked.
+        max_new_tokens: Longest answer; `None` for the one of each task.
+    """
+    config, tokenizer = load_config(model), load_tokenizer(model)
+    special = set(tokenizer.all_special_ids) | {
+        n for n, token in tokenizer.added_tokens_decoder.items() if token.special
+    }
+    prompts, limits, longest, ends = [], [], 0, set()
+    table = window_of(config) if has_position_table(config) else None
+    for sample in tqdm(samples, desc="Tokenising", unit="sample", delay=1.0):
+        prompt, answer = encode_question(sample, tokenizer)
+        limit = max_new_tokens or get_task(sample.task).max_new_tokens
+        # Right answers end inside the window. Where positions are a table, babble must not run past it either.
+        limits.append(limit if table is None else max(1, min(limit, table - len(prompt))))
+        prompts.append(prompt)
+        longest = max(longest, len(prompt) + len(answer))
+        ends |= {*answer[-1:]} & special
+    return Questions(tokenizer, prompts, limits, longest, sorted(ends))
+
+
+def check_system(system: System, longest: int, beyond: bool) -> int | None:
+    """Make sure, without any weights, that a system can be loaded and reads samples as long as these.
+
+    Args:
+        system: What is to answer.
+        longest: Tokens of the longest prompt with its right answer.
+        beyond: Whether it may be asked beyond its window; a table of positions has nothing there.
+
+    Returns:
+        Tokens that it reaches, context extension of its adapter included; `None` where there is no such limit.
+
+    Raises:
+        ValueError: The adapter is broken or made for another model, or the samples are too long.
+    """
+    config: Any = load_config(system.model)
+    window = window_of(config)
+    adapted = check_adapter(system.model, system.adapter) if system.adapter else None
+    if adapted is not None:
+        config, window = adapted.config, reach(adapted)
+    try:
+        check_window(config, longest, window, beyond)
+    except ValueError as error:
+        raise ValueError(f"System {system.name!r}: {error}") from error
+    return window
