@@ -201,6 +201,13 @@ class AnswerCollator:
     Attributes:
         pad_token_id: Fills shorter rows. Attention and loss never see it, so any id will do; 0 if the tokenizer has
             none.
+
+    Example:
+        ```python
+        collator = AnswerCollator(pad_token_id=0)
+        batch = collator([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}])
+        model(**batch).loss.backward()
+        ```
     """
 
     pad_token_id: int | None = None

@@ -63,6 +63,12 @@ class SealConfig(PeftConfig):
 
     Raises:
         ValueError: A field has a value that is not allowed.
+
+    Example:
+        ```python
+        config = seal_peft.SealConfig(granularity="channel", layers_to_transform=[0, 1], task_type="CAUSAL_LM")
+        model = get_peft_model(base_model, config)
+        ```
     """
 
     granularity: Granularity = field(

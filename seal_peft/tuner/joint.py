@@ -138,6 +138,11 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
 
     Raises:
         ValueError: The model has no adapter of one of the names.
+
+    Example:
+        ```python
+        seal_peft.activate(model, ["default"])
+        ```
     """
     from peft.peft_model import PeftModel
 
