@@ -497,7 +497,9 @@ def test_a_row_without_labels_is_refused() -> None:
         AnswerCollator()([{"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}])
 
 
-def train(rows: list, collator: Callable | None, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+def train(
+    rows: list, collator: Callable | None, folder: Path, **settings: float
+) -> tuple[list[float], dict[str, Tensor]]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config()).float()
     arguments = TrainingArguments(
@@ -513,6 +515,7 @@ def train(rows: list, collator: Callable | None, folder: Path) -> tuple[list[flo
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **settings,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
     trainer.train()
@@ -520,9 +523,10 @@ def train(rows: list, collator: Callable | None, folder: Path) -> tuple[list[flo
     return losses, {name: weight for name, weight in model.state_dict().items() if "o_proj" in name}
 
 
-def test_a_plain_trainer_with_ordinary_labels_learns_the_same(rows: list, tmp_path: Path) -> None:
-    losses, weights = train(rows, AnswerCollator(), tmp_path)
-    plain_losses, plain_weights = train(rows, None, tmp_path)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_plain_trainer_with_ordinary_labels_learns_the_same(rows: list, tmp_path: Path, smoothing: float) -> None:
+    losses, weights = train(rows, AnswerCollator(), tmp_path, label_smoothing_factor=smoothing)
+    plain_losses, plain_weights = train(rows, None, tmp_path, label_smoothing_factor=smoothing)
     assert losses == pytest.approx(plain_losses, rel=1e-5)
     for name in weights:
         torch.testing.assert_close(weights[name], plain_weights[name], rtol=1e-5, atol=1e-7)
