@@ -13,6 +13,7 @@ _TESTS, _PACKAGE = Path(__file__).parent, Path(seal_peft.__file__).parent
 _UPSTREAM = {"accelerate", "huggingface_hub", "peft", "tokenizers", "transformers"}
 
 
+@functools.cache
 def reaches_upstream(file: Path) -> bool:
     """Whether a test file imports one of these libraries, itself or by way of our modules.
 
