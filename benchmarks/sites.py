@@ -236,10 +236,15 @@ class Bench:
 
     def searches(self) -> list[tuple[str, float, int]]:
         """Jobs that search the learning rate of every system, with the first seed."""
+        if self.options.rates_of:
+            return []
         return [(system, rate, 0) for rate in self.options.rates for system in self.setting.systems]
 
     def best(self, system: str) -> float:
-        """Learning rate with the lowest validation loss."""
+        """Learning rate with the lowest validation loss, in this setting or in the one that rates come from."""
+        if self.options.rates_of and self.options.rates_of != self.name:
+            other = Bench(self.options, self.options.rates_of)
+            return other.best("output-head+query" if system == GROWING else system)
         return min(self.options.rates, key=lambda rate: self.train(system, rate, 0)["valid_loss"])
 
     def finals(self) -> list[tuple[str, float, int]]:
@@ -259,7 +264,7 @@ class Bench:
         for system, entry in systems.items():
             by_seed = entry.pop("scores")
             entry["accuracy"] = {length: _interval([own[length] for own in by_seed]) for length in by_seed[0]}
-            if system != "base":
+            if system != "base" and not self.options.rates_of:
                 entry["search"] = {
                     f"{rate:g}": self.train(system, rate, 0)["valid_loss"] for rate in self.options.rates
                 }
@@ -319,6 +324,7 @@ def main() -> None:
     parser.add_argument("--work", default="runs/sites")
     parser.add_argument("--output", type=Path, default=Path("runs/sites.json"))
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2])
+    parser.add_argument("--rates_of", choices=SETTINGS, help="take each system's rate from this setting's search")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=100, help="test samples of each length")
     parser.add_argument("--batch_size", type=int, default=8)

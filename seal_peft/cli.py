@@ -17,8 +17,10 @@ import yaml
 from transformers import HfArgumentParser
 
 from . import __version__
+from .advise import AdviseArguments, advise
 from .demo import DemoArguments, demo
 from .evaluate import EvaluateArguments, evaluate
+from .heads.stage import HeadsArguments, heads
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
 from .report import ReportArguments, guard_tables, markdown_table, overall_rows, report
@@ -71,6 +73,13 @@ STAGES = {
         "seal-peft evaluate --model_name_or_path smollm2 --adapters runs/my/adapter --test_file runs/my/test.jsonl "
         "--output_dir runs/my/eval",
     ),
+    "heads": Stage(
+        heads,
+        (HeadsArguments,),
+        "score every attention head, beside the scales that an adapter learned",
+        "seal-peft heads --model_name_or_path smollm2 --test_file runs/my/test.jsonl --adapter runs/my/adapter "
+        "--output_dir runs/my/heads",
+    ),
     "report": Stage(
         report,
         (ReportArguments,),
@@ -82,6 +91,12 @@ STAGES = {
         (MergeArguments,),
         "fold an adapter into its base model, for serving without this package",
         "seal-peft merge --adapter_name_or_path runs/my/adapter --output_dir runs/my/merged",
+    ),
+    "advise": Stage(
+        advise,
+        (AdviseArguments,),
+        "which context extension lets a model read a length, in tokens",
+        "seal-peft advise --model_name_or_path smollm2 --length 32768",
     ),
 }
 

@@ -53,14 +53,21 @@ def merge(arguments: MergeArguments) -> Path:
         The folder of the merged model.
 
     Raises:
-        ValueError: The output folder exists already, or the adapter is broken; raised before any model is loaded.
-            Or the model cannot take scales of one of the sites into its weights.
+        ValueError: The output folder exists already, or the adapter is broken or needs Self-Extend, which no engine
+            would apply to the plain model; raised before any model is loaded. Or the model cannot take scales of one
+            of the sites into its weights.
     """
     target = Path(arguments.output_dir)
     if target.exists():
         raise ValueError(f"{target} exists already. Remove it or choose another --output_dir.")
     adapter = arguments.adapter_name_or_path
     config = read_adapter(adapter)
+    if (settings := getattr(config, "self_extend", None)) is not None:
+        raise ValueError(
+            f"The adapter needs self_extend={settings}, which no setting of a plain checkpoint brings about: every "
+            "engine would run the merged model without it. Keep the adapter, or train one under rope_parameters such "
+            "as YaRN, which config.json carries. In Python, `merge_and_unload()` keeps it in force in memory."
+        )
     merged_sites = check_sites(arguments.sites)
     rest = [site for site in getattr(config, "sites", ()) if site not in merged_sites]
     base = arguments.model_name_or_path or base_of_adapter(config, adapter)

@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftModel
 
 from .context.rope import read_rope
+from .context.self_extend import extended_window, read_self_extend
 from .data import window_of
 
 
@@ -36,5 +37,11 @@ def _by_rope(window: int, model: PeftModel) -> int:
     return int(factor * parameters["max_position_embeddings"])
 
 
+def _by_self_extend(window: int, model: PeftModel) -> int:
+    """Self-Extend that the adapter brings, in force already."""
+    settings = read_self_extend(model.get_base_model())
+    return window if settings is None else extended_window(window, settings)
+
+
 # In the order in which they act: each is given the window that the ones before it reach.
-_EXTENSIONS = (_by_rope,)
+_EXTENSIONS = (_by_rope, _by_self_extend)

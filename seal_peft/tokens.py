@@ -16,10 +16,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+# Characters of the piece before that a piece is tokenised behind.
+ANCHOR = 16
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """A stretch of the conversation that is tokenised on its own; `learned` where it is a model's turn to speak."""
 
     text: str
@@ -36,7 +38,7 @@ def encode_prompt(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[in
     Returns:
         Token ids, the sample's answer prefix last. `encode_training` begins with exactly these.
     """
-    return _encode(_pieces(sample, tokenizer)[:-1], tokenizer)[0]
+    return _encode(cut_pieces(sample, tokenizer)[:-1], tokenizer)[0]
 
 
 def encode_question(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
@@ -49,7 +51,7 @@ def encode_question(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> tuple
     Returns:
         Token ids of both; together they are the `input_ids` of `encode_training`.
     """
-    *before, answer = _pieces(sample, tokenizer)
+    *before, answer = cut_pieces(sample, tokenizer)
     return _encode(before, tokenizer)[0], _continuation_ids(before[-1].text, answer.text, tokenizer)
 
 
@@ -67,24 +69,28 @@ def encode_training(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[
     Raises:
         ValueError: If the sample has several questions and the chat template rewrites earlier turns.
     """
-    input_ids, labels = _encode(_pieces(sample, tokenizer), tokenizer)
+    input_ids, labels = _encode(cut_pieces(sample, tokenizer), tokenizer)
     return {"input_ids": input_ids, "labels": labels}
 
 
-def _encode(pieces: Sequence[_Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _encode(pieces: Sequence[Piece], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     input_ids: list[int] = []
     labels: list[int] = []
     before = ""
     for piece in pieces:
-        if before:
-            ids = _continuation_ids(before, piece.text, tokenizer)
-        else:
-            # A chat template writes its own BOS. Plain text gets the one that the tokenizer gives by default.
-            ids = _ids(piece.text, tokenizer, special=tokenizer.chat_template is None)
+        ids = piece_ids(piece.text, before, tokenizer)
         input_ids += ids
         labels += ids if piece.learned else [IGNORED] * len(ids)
         before = piece.text
     return input_ids, labels
+
+
+def piece_ids(text: str, before: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a piece of a conversation, where `before` is the text of the piece before it, if there is one."""
+    if before:
+        return _continuation_ids(before, text, tokenizer)
+    # A chat template writes its own BOS. Plain text gets the one that the tokenizer gives by default.
+    return _ids(text, tokenizer, special=tokenizer.chat_template is None)
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase, special: bool = False) -> list[int]:
@@ -98,7 +104,7 @@ def _continuation_ids(before: str, text: str, tokenizer: PreTrainedTokenizerBase
     SentencePiece-style tokenizers put a space in front of every text. A few characters of what stands before keep
     that from happening in the middle of a conversation.
     """
-    anchor = before[-16:]
+    anchor = before[-ANCHOR:]
     anchor_ids = _ids(anchor, tokenizer)
     joint = _ids(anchor + text, tokenizer)
     if joint[: len(anchor_ids)] == anchor_ids:
@@ -106,16 +112,16 @@ def _continuation_ids(before: str, text: str, tokenizer: PreTrainedTokenizerBase
     return _ids(text, tokenizer)
 
 
-def _pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
+def cut_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """Cut the conversation where the model starts and stops to speak; an answer prefix is given, not spoken."""
     *before, last = _turn_pieces(sample, tokenizer)
     if not sample.answer_prefix:
         return [*before, last]
     cut = last.text.index(sample.target) + len(sample.answer_prefix)
-    return [*before, _Piece(last.text[:cut], learned=False), _Piece(last.text[cut:], learned=True)]
+    return [*before, Piece(last.text[:cut], learned=False), Piece(last.text[cut:], learned=True)]
 
 
-def _turn_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Piece]:
+def _turn_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[Piece]:
     """Cut the conversation where speakers change: prompt, answer, prompt, ..., answer."""
     turns = [*sample.messages, {"role": "assistant", "content": sample.target}]
     ends = [index for index, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -125,7 +131,7 @@ def _turn_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Pi
     # Rendered up to each answer, then once with the last answer.
     prompts = [_render(tokenizer, turns[:end], add_generation_prompt=True) for end in ends]
     special = _special_tokens(tokenizer)
-    pieces = [_Piece(prompts[0], learned=False)]
+    pieces = [Piece(prompts[0], learned=False)]
     for end, prompt, following in zip(ends, prompts, prompts[1:], strict=False):
         answer = _answer_in(prompt, following, turns[end]["content"], special)
         if answer is None:
@@ -134,22 +140,22 @@ def _turn_pieces(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> list[_Pi
                 "earlier turns when a new one follows, so their answers cannot be labelled where a model would "
                 "write them. Make the data with questions_per_context=1, or set another tokenizer.chat_template."
             )
-        pieces += [_Piece(answer, learned=True), _Piece(following[len(prompt) + len(answer) :], learned=False)]
+        pieces += [Piece(answer, learned=True), Piece(following[len(prompt) + len(answer) :], learned=False)]
     whole = _render(tokenizer, turns, add_generation_prompt=False)
     answer = _answer_in(prompts[-1], whole, sample.target, special)
     # Some templates write no end of turn after the last answer, or not the generation prompt before it.
-    return [*pieces, _Piece(answer or sample.target + (tokenizer.eos_token or ""), learned=True)]
+    return [*pieces, Piece(answer or sample.target + (tokenizer.eos_token or ""), learned=True)]
 
 
 def _plain_pieces(
     turns: Sequence[Mapping[str, str]], ends: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> list[_Piece]:
-    pieces: list[_Piece] = []
+) -> list[Piece]:
+    pieces: list[Piece] = []
     start = 0
     for end in ends:
         paragraphs = "".join(turn["content"] + "\n\n" for turn in turns[start:end])
-        pieces.append(_Piece("\n\n" + paragraphs if pieces else paragraphs, learned=False))
-        pieces.append(_Piece(turns[end]["content"] + (tokenizer.eos_token or ""), learned=True))
+        pieces.append(Piece("\n\n" + paragraphs if pieces else paragraphs, learned=False))
+        pieces.append(Piece(turns[end]["content"] + (tokenizer.eos_token or ""), learned=True))
         start = end + 1
     return pieces
 

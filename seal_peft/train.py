@@ -27,6 +27,7 @@ from .data import check_window, read_samples
 from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
 from .provenance import provenance
+from .reach import reach
 from .tokens import AnswerCollator, encode_training
 from .tuner import SealConfig, save_adapter, scales
 from .tuner.config import Granularity, check_sites
@@ -60,7 +61,18 @@ class TrainArguments:
         default_factory=lambda: ["output"],
         metadata={"help": "What is scaled: the `output` of each head, its `query` (a temperature), or both."},
     )
+    target_heads: list[str] | None = field(
+        default=None,
+        metadata={"help": "Heads that get a scale, such as L14H7; `seal-peft heads` names them. Default: all."},
+    )
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Layers to adapt. Default: all."})
+    rope_parameters: str | None = field(
+        default=None,
+        metadata={"help": """Extension that the adapter brings, as JSON: '{"rope_type": "yarn", "factor": 4.0}'."""},
+    )
+    self_extend: str | None = field(
+        default=None, metadata={"help": """The same by Self-Extend: '{"group_size": 6, "window": 1024}'."""}
+    )
     recipe: str = field(default="default", metadata={"help": f"Named settings: {', '.join(RECIPES)}. Flags win."})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
@@ -126,16 +138,19 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         task_type="CAUSAL_LM",
         granularity=arguments.granularity if "output" in arguments.sites else "head",
         sites=check_sites(arguments.sites),
+        target_heads=arguments.target_heads,
         layers_to_transform=arguments.layers_to_transform,
+        rope_parameters=_from_json("rope_parameters", arguments.rope_parameters),
+        self_extend=_from_json("self_extend", arguments.self_extend),
     )
     pick_dtype(arguments.dtype)
     model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
     progress = tqdm(samples, desc="Tokenising", unit="sample", delay=1.0)
     rows = [encode_training(sample, tokenizer) for sample in progress]
-    check_window(model_config, max(len(row["input_ids"]) for row in rows))
-
-    with torch.device("meta"):  # whether the heads can be found shows without the weights
-        get_peft_model(AutoModelForCausalLM.from_config(model_config), copy.deepcopy(config))
+    with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
+        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
+        adapted = get_peft_model(skeleton, copy.deepcopy(config))
+    check_window(skeleton.config, max(len(row["input_ids"]) for row in rows), reach(adapted))
 
     output_dir = Path(training_arguments.output_dir)
     settings = _settings(arguments, training_arguments)
@@ -176,6 +191,13 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
+
+
+def _from_json(name: str, text: str | None) -> Any:
+    try:
+        return None if text is None else json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"--{name} must be JSON, as in --help; got {text!r} ({error}).") from error
 
 
 def _record(trainer: Trainer) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import seal_peft
 
 _OURS = Path(seal_peft.__file__).parent
-_NO_CONTEXT = "def rope_switch(model):\n    return None\n"
+_NO_CONTEXT = "def position_switch(model):\n    return None\n"
 _REGISTRATION = """
 from peft.utils import register_peft_method
 
@@ -26,7 +26,7 @@ def lift(peft: Path, with_context: bool = True) -> None:
 
     Args:
         peft: The folder `peft` to change.
-        with_context: Whether adapters may bring a RoPE along; without, no model is known to have one.
+        with_context: Whether adapters may bring positions along; without, no model is known to have rotary ones.
     """
     seal = peft / "tuners" / "seal"
     shutil.copytree(_OURS / "tuner", seal, ignore=shutil.ignore_patterns("__pycache__", "registry.py"))
@@ -34,9 +34,9 @@ def lift(peft: Path, with_context: bool = True) -> None:
         shutil.copytree(_OURS / "context", seal / "context", ignore=shutil.ignore_patterns("__pycache__"))
     else:
         (seal / "context").mkdir()
-        (seal / "context" / "rope.py").write_text(_NO_CONTEXT, encoding="utf-8")
+        (seal / "context" / "switch.py").write_text(_NO_CONTEXT, encoding="utf-8")
 
-    _edit(seal / "model.py", "from ..context.rope import", "from .context.rope import")
+    _edit(seal / "model.py", "from ..context.switch import", "from .context.switch import")
     _edit(seal / "__init__.py", "from .registry import register\n", "")
     _edit(seal / "__init__.py", '    "register",\n', "")
     _append(seal / "__init__.py", _REGISTRATION)

@@ -132,15 +132,13 @@ def test_scales_that_are_not_finite_are_refused(load, value, saved):
     ids=["more-heads", "fewer-heads", "larger-heads", "more-layers"],
 )
 def test_a_base_with_other_heads_is_refused(load, other, saved):
-    message = (
-        r"trained on 2 attention layers with \(num_heads, head_dim\) = \(4, 12\), but the base model has .* Load it"
-    )
+    message = r"trained on 2 modules with \(num_heads, head_dim\) = \(4, 12\), but the base model has .* Load it"
     assert_refused(load, saved, message, llama(**other))
 
 
 def test_an_adapter_of_more_layers_than_the_base_has_is_refused(tmp_path):
     get_peft_model(llama(num_hidden_layers=3), SealConfig()).save_pretrained(tmp_path)
-    assert_refused(load_fresh, tmp_path, r"trained on 3 attention layers.* but the base model has 2")
+    assert_refused(load_fresh, tmp_path, r"trained on 3 modules.* but the base model has 2")
 
 
 @both_ways_to_load
@@ -163,7 +161,7 @@ def test_a_file_of_another_granularity_than_its_config_is_refused(load, granular
     config = json.loads(path.read_text())
     config["granularity"] = "channel" if granularity == "head" else "head"
     path.write_text(json.dumps(config))
-    assert_refused(load, tmp_path, r"have shape .*does not fit its config \(granularity='(head|channel)'")
+    assert_refused(load, tmp_path, r"have shape .*does not fit its config \(sites=.*granularity='(head|channel)'")
 
 
 def test_scales_of_another_length_than_the_config_says_are_refused(saved):

@@ -259,7 +259,7 @@ def test_labels_are_the_answers_and_their_ends_of_turn_and_nothing_else(name: st
 def test_pieces_together_are_the_tokens_of_the_whole_text(tokenizer) -> None:
     (sample,) = some_samples(tokenizer=tokenizer, num_samples=1, questions_per_context=3)
     if tokenizer.chat_template is None:
-        pieces = tokens._pieces(sample, tokenizer)[:-1]
+        pieces = tokens.cut_pieces(sample, tokenizer)[:-1]
         whole = tokenizer("".join(piece.text for piece in pieces)).input_ids
     else:
         text = tokenizer.apply_chat_template(sample.messages, tokenize=False, add_generation_prompt=True)

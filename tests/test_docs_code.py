@@ -45,6 +45,14 @@ def test_the_page_about_adapters_runs(tmp_path, monkeypatch):
     assert (tmp_path / "adapters" / "lines-again" / "adapter_config.json").is_file()
 
 
+def test_the_page_about_context_extension_runs(tmp_path, monkeypatch):
+    names = "base_model another_base_model fresh_base_model plain_model lora_base_model one_more_base_model".split()
+    defined = run("docs/context.md", {name: base_model("llama") for name in names}, tmp_path, monkeypatch)
+    assert defined["merged"].config.rope_parameters["rope_type"] == "yarn"
+    assert defined["advice"].method == "self_extend"
+    assert (tmp_path / "pair" / "long" / "adapter_config.json").is_file()
+
+
 # The Trainer's defaults pin memory, which torch warns about where there is no GPU.
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 def test_the_quickstart_of_the_readme_runs(tmp_path, monkeypatch, capsys):
@@ -56,12 +64,13 @@ def test_the_quickstart_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/concepts.md"])
+@pytest.mark.parametrize("page", ["docs/quickstart.md", "docs/concepts.md", "docs/heads.md"])
 def test_the_code_of_the_page_runs(page, tmp_path, monkeypatch):
     assert run(page, {}, tmp_path, monkeypatch)
 
 
 def test_every_page_with_code_is_run():
-    covered = {"README.md", "docs/adapters.md", "docs/quickstart.md", "docs/concepts.md", "docs/tasks.md"}
+    names = ("adapters", "concepts", "context", "heads", "quickstart", "tasks")
+    covered = {"README.md", *(f"docs/{name}.md" for name in names)}
     pages = ["README.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").glob("*.md"))]
     assert {page for page in pages if blocks(page)} <= covered

@@ -27,6 +27,13 @@ ROPES = {
     "dynamic": ({"rope_type": "dynamic", "factor": 3.0}, 3 * WINDOW),
     "wider": ({"rope_theta": 20000.0}, WINDOW),
 }
+GROUPS = {"group_size": 3, "window": 24}
+EXTENDED: dict[str, tuple[dict[str, Any], int]] = {
+    **{name: ({"rope_parameters": rope}, reached) for name, (rope, reached) in ROPES.items()},
+    "self-extend": ({"self_extend": GROUPS}, 3 * (WINDOW - 24) + 24),
+    "self-extend over ntk": ({"self_extend": GROUPS, "rope_parameters": ROPES["ntk"][0]}, 3 * (4 * WINDOW - 24) + 24),
+    "ntk without scales": ({"sites": (), "rope_parameters": ROPES["ntk"][0]}, 4 * WINDOW),
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +42,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     save_model(folder / "model")
     save_samples(folder / "long.jsonl", "test", length=LONG, num_samples=2)
-    configs: dict[str, Any] = {name: SealConfig(rope_parameters=rope) for name, (rope, _) in ROPES.items()}
+    configs: dict[str, Any] = {name: SealConfig(**settings) for name, (settings, _) in EXTENDED.items()}
     configs |= {"seal": SealConfig(), "lora": LoraConfig(target_modules=["o_proj"], r=2)}
     for name, config in configs.items():
         config.task_type = "CAUSAL_LM"
@@ -60,12 +67,12 @@ def words(house: Path, out: Path, *adapters: str) -> list[object]:
     return [*given, "--output_dir", out, "--max_new_tokens", 4, "--dtype", "float32"]
 
 
-@pytest.mark.parametrize("name", ROPES)
-def test_an_adapter_reaches_what_its_rope_reaches(house: Path, name: str) -> None:
+@pytest.mark.parametrize("name", EXTENDED)
+def test_an_adapter_reaches_what_its_extension_reaches(house: Path, name: str) -> None:
     adapted = check_adapter(str(house / "model"), str(house / name))
     assert adapted is not None
     assert adapted.get_input_embeddings().weight.device.type == "meta"
-    assert reach(adapted) == ROPES[name][1]
+    assert reach(adapted) == EXTENDED[name][1]
 
 
 @pytest.mark.parametrize("name", ["seal", "lora"])

@@ -309,3 +309,27 @@ def test_layers_that_do_not_exist_are_found_before_any_weights_are_read(house: P
     with pytest.raises(ValueError, match="layers_to_transform.*99"):
         train(arguments, SealTrainingArguments(output_dir=str(tmp_path / "adapter"), **SETTINGS))
     assert not (tmp_path / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("rope_parameters", {"rope_type": "ntk", "factor": 2.0}),
+        ("rope_parameters", {"rope_type": "dynamic", "factor": 2.0}),
+        ("self_extend", {"group_size": 4, "window": 64}),
+    ],
+)
+def test_an_extension_lets_it_train_beyond_the_window(
+    flag: str, value: dict[str, Any], house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model", max_position_embeddings=300)
+    words = ["--model_name_or_path", tmp_path / "model", "--train_file", house / "train.jsonl"]
+    words += ["--output_dir", tmp_path / "out", "--max_steps", 1, "--dtype", "float32", "--disable_tqdm", True]
+    small = {**value, "factor": 1.1} if "factor" in value else {**value, "group_size": 1}
+    assert seal("train", *words, f"--{flag}", json.dumps(small)) == 1
+    assert "A length of" in error_of(capsys)
+    assert seal("train", *words, f"--{flag}", json.dumps(value)) == 0
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())[flag] == value
+    assert run_of(tmp_path / "out")["arguments"][flag] == json.dumps(value)
+    assert seal("train", *words, f"--{flag}", "{4") == 1
+    assert f"--{flag} must be JSON" in error_of(capsys)

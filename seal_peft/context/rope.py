@@ -16,8 +16,6 @@ from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from .switch import RopeSwitch
-
 _MAX, _NATIVE = "max_position_embeddings", "original_max_position_embeddings"
 # What one type of scaling brings and another does not want; everything else (base, partial rotation) stays.
 _SCALING = {"rope_type", "type", "factor", _NATIVE, "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale"}
@@ -50,8 +48,8 @@ def read_rope(model: nn.Module) -> dict[str, Any] | None:
         read_rope(model)  # {"rope_theta": 10000.0, "rope_type": "default", "max_position_embeddings": 2048}
         ```
     """
-    config = _text_config(model)
-    return None if config is None or not _rotary_modules(model, config) else _read(config)
+    config = text_config(model)
+    return None if config is None or not rotary_modules(model, config) else _read(config)
 
 
 def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedRope:
@@ -78,8 +76,8 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
         applied.restore()
         ```
     """
-    config = _text_config(model)
-    modules = _rotary_modules(model, config) if config is not None else []
+    config = text_config(model)
+    modules = rotary_modules(model, config) if config is not None else []
     if config is None or not modules:
         raise ValueError(
             f"{type(model).__name__} has no rotary position embedding, so it cannot take rope_parameters."
@@ -173,18 +171,6 @@ def resolve_rope(
     return {**resolved, _MAX: asked_longest or max([longest, *reached])}
 
 
-def rope_switch(model: nn.Module) -> RopeSwitch | None:
-    """Return what gives a model the RoPE of its active adapters; `None` for models without RoPE.
-
-    The tuner calls this and nothing else of this file.
-    """
-    switch = vars(model).get("_rope_switch")
-    if switch is None and read_rope(model) is not None:
-        switch = RopeSwitch(model, read_rope, resolve_rope, apply_rope)
-        vars(model)["_rope_switch"] = switch
-    return switch
-
-
 def _resolve(request: dict[str, Any], own: dict[str, Any], longest: int, dim: int) -> tuple[dict[str, Any], int]:
     """Complete the parameters of one layer type; say how far they reach."""
     kind = request.get("rope_type", own.get("rope_type", "default"))
@@ -219,7 +205,7 @@ def _resolve(request: dict[str, Any], own: dict[str, Any], longest: int, dim: in
     return resolved, int(factor * resolved.get(_NATIVE, native))
 
 
-def _text_config(model: nn.Module) -> PreTrainedConfig | None:
+def text_config(model: nn.Module) -> PreTrainedConfig | None:
     """The config that the decoder reads its RoPE from, if it has one."""
     config = getattr(model, "config", None)
     if not isinstance(config, PreTrainedConfig):
@@ -228,16 +214,16 @@ def _text_config(model: nn.Module) -> PreTrainedConfig | None:
     return config if getattr(config, "rope_parameters", None) else None
 
 
-def _rotary_modules(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
+def rotary_modules(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
     """Those that read this very config: a vision tower has its own."""
     return [m for m in model.modules() if hasattr(m, "rope_type") and getattr(m, "config", None) is config]
 
 
 def _rotated(model: nn.Module, name: str) -> int:
     """How many channels a head rotates."""
-    config = _text_config(model)
+    config = text_config(model)
     assert config is not None
-    return 2 * getattr(_rotary_modules(model, config)[0], name).numel()
+    return 2 * getattr(rotary_modules(model, config)[0], name).numel()
 
 
 def _read(config: PreTrainedConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import SealConfig, Site
 from .layer import SealLayer
-from .positions import check_same_rope
+from .positions import check_same_positions
 from .scales import layers_with
 
 
@@ -58,7 +58,7 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
 
     Raises:
         ValueError: The files do not fit: another method or granularity, layers that the model's adapter lacks,
-            other `rope_parameters`, or values that are not finite; or the adapter is merged.
+            other `rope_parameters` or `self_extend`, or values that are not finite; or the adapter is merged.
 
     Example:
         ```python
@@ -70,7 +70,8 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
     config = PeftConfig.from_pretrained(str(model_id))
     if config.peft_type != "SEAL":
         raise ValueError(f"{model_id} is an adapter of type {config.peft_type}, so it cannot replace a SEAL adapter.")
-    check_same_rope(config, model, adapter_name)
+    check_same_positions(config, model, adapter_name)
+    _check_same_heads(config, getattr(model, "peft_config", {}).get(adapter_name), model_id)
     saved = {
         key.removeprefix("base_model.model.").removesuffix(".seal_delta.weight"): value
         for key, value in load_peft_weights(str(model_id), device="cpu").items()
@@ -126,6 +127,7 @@ def weighted_config(
         target_modules=by_site["output"] or first.target_modules,
         query_modules=by_site["query"] or None,
         exclude_modules=None,
+        target_heads=None,
         layers_to_transform=None,
         layers_pattern=None,
         num_attention_heads=_shared([part.num_attention_heads for part in parts]),
@@ -145,6 +147,15 @@ def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Seque
             offset = layer.offset(name)
             total += weight * (offset if offset.dim() == target.dim() else offset.unsqueeze(-1))
     target.copy_(total)
+
+
+def _check_same_heads(saved: Any, own: Any, model_id: object) -> None:
+    chosen, wanted = getattr(own, "target_heads", None), getattr(saved, "target_heads", None)
+    if chosen is not None and (wanted is None or set(wanted) - set(chosen)):
+        raise ValueError(
+            f"{model_id} scales other heads (target_heads={wanted}) than the adapter that it would replace "
+            f"({chosen}), which keeps all others at 1. Load it as an adapter of its own and switch with `set_adapter`."
+        )
 
 
 def _shared(values: list[int | None]) -> int | None:

@@ -14,6 +14,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, Peft
 from safetensors import safe_open
 from torch import Tensor
 
+from .chosen import check_names
 from .saving import discard_save, finish_save
 
 Granularity = Literal["head", "channel"]
@@ -40,12 +41,15 @@ class SealConfig(PeftConfig):
         granularity: `"head"` learns one scale per attention head (SEAL-H), `"channel"` one per channel of every head
             (SEAL-C). The query site always has one per head.
         sites: What is scaled: `"output"`, the output of each head before the output projection (the paper's), and
-            `"query"`, the query of each head, which is the temperature of its softmax. Either or both.
+            `"query"`, the query of each head, which is the temperature of its softmax. Either or both. `()` scales
+            nothing: an adapter of a few lines that brings `rope_parameters` or `self_extend` to any other adapter.
         target_modules: Attention output projections, as name suffixes or one regular expression: the output site
             scales their input, and the query site is beside them. `None` picks them by architecture.
         query_modules: Modules whose output is the query, as name suffixes or one regular expression: a projection, or
             the norm of queries where the model has one. `None` finds them beside the output projections.
         exclude_modules: Modules to leave out, as name suffixes or one regular expression.
+        target_heads: Heads that get a scale, named by layer and head from 0, such as `["L14H7", "L20H1"]`; all others
+            stay exactly 1, and layers without any are left alone. `None` scales all heads.
         layers_to_transform: Indices of the layers to adapt. `None` adapts all.
         layers_pattern: Name of the layer list, if `layers_to_transform` is given and the name is unusual.
         modules_to_save: Modules apart from the scales that are trained and saved in full.
@@ -56,10 +60,13 @@ class SealConfig(PeftConfig):
             "factor": 4.0}` or `{"rope_type": "ntk", "factor": 4.0}`; per layer type where the model has it. The model
             has it while the adapter is in use, in training, after loading, and for good after merging; see
             `seal_peft.context.rope.apply_rope`. `None` leaves the model's own.
+        self_extend: Self-Extend that the adapter needs, such as `{"group_size": 6, "window": 1024}`, in force as
+            `rope_parameters` are; see `seal_peft.context.self_extend.apply_self_extend`.
         heads: Filled in by the model: the `(num_heads, head_dim)` pair of each adapted layer. An adapter that was
             saved with other pairs than those of the base is refused.
         base_rope: Filled in by the model: RoPE parameters of the base that the adapter was trained on. Loading on a
             base that has others warns; to apply the recorded ones, set `rope_parameters` to `base_rope`.
+        base_self_extend: Filled in by the model: Self-Extend that the base itself had in force.
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -75,7 +82,8 @@ class SealConfig(PeftConfig):
         default="head", metadata={"help": "One scale per attention 'head' (SEAL-H) or per 'channel' of it (SEAL-C)."}
     )
     sites: tuple[Site, ...] = field(
-        default=("output",), metadata={"help": "What is scaled: the 'output' of each head, its 'query', or both."}
+        default=("output",),
+        metadata={"help": "What is scaled: the 'output' of each head, its 'query', both, or () nothing."},
     )
     target_modules: list[str] | set[str] | str | None = field(
         default=None,
@@ -87,6 +95,9 @@ class SealConfig(PeftConfig):
     )
     exclude_modules: list[str] | set[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave out: name suffixes or one regex."}
+    )
+    target_heads: list[str] | None = field(
+        default=None, metadata={"help": "Heads that get a scale, such as L14H7 (layer 14, head 7). None: all."}
     )
     layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt. None: all."}
@@ -105,11 +116,17 @@ class SealConfig(PeftConfig):
     rope_parameters: dict[str, Any] | None = field(
         default=None, metadata={"help": "RoPE that the adapter brings along. None: the model's own."}
     )
+    self_extend: dict[str, int] | None = field(
+        default=None, metadata={"help": "Self-Extend that the adapter brings along: group_size and window."}
+    )
     heads: list[list[int]] | None = field(
         default=None, metadata={"help": "Filled in: (num_heads, head_dim) of each adapted layer."}
     )
     base_rope: dict[str, Any] | None = field(
         default=None, metadata={"help": "Filled in: RoPE parameters of the base at training time."}
+    )
+    base_self_extend: dict[str, int] | None = field(
+        default=None, metadata={"help": "Filled in: Self-Extend of the base at training time."}
     )
 
     def __post_init__(self) -> None:
@@ -118,12 +135,15 @@ class SealConfig(PeftConfig):
         # What a file says about its base is an expectation; what a later injection fills in is a record.
         self._expected_heads = self.heads
         self._expected_base_rope = self.base_rope
+        self._expected_base_self_extend = self.base_self_extend
         if self.granularity not in get_args(Granularity):
             raise ValueError(
                 f"granularity={self.granularity!r} is not allowed. Use 'head' (one scale per attention head) or "
                 "'channel' (one per channel of every head)."
             )
         self._check_sites()
+        if self.target_heads is not None:
+            self.target_heads = check_names(self.target_heads)
         for name in ("num_attention_heads", "head_dim"):
             value = getattr(self, name)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
@@ -134,6 +154,11 @@ class SealConfig(PeftConfig):
             raise ValueError(
                 f"rope_parameters={self.rope_parameters!r} is not allowed. Use a dictionary such as "
                 '{"rope_type": "yarn", "factor": 4.0}, or None.'
+            )
+        if self.self_extend is not None and not isinstance(self.self_extend, dict):
+            raise ValueError(
+                f"self_extend={self.self_extend!r} is not allowed. Use a dictionary such as "
+                '{"group_size": 6, "window": 1024}, or None.'
             )
         self.target_modules = _set_of(self.target_modules)
         self.query_modules = _set_of(self.query_modules)
@@ -147,6 +172,16 @@ class SealConfig(PeftConfig):
             raise ValueError("When `layers_pattern` is given, `layers_to_transform` must be given, too.")
 
     def _check_sites(self) -> None:
+        if isinstance(self.sites, tuple | list) and not self.sites:
+            if self.rope_parameters is None and self.self_extend is None:
+                raise ValueError(
+                    "sites=() scales nothing. Use ('output',), ('query',) or ('output', 'query'), or give "
+                    "rope_parameters or self_extend, which an adapter may bring without scales."
+                )
+            if self.granularity == "channel" or self.query_modules is not None or self.target_heads is not None:
+                raise ValueError("granularity='channel', query_modules and target_heads are of no use for sites=().")
+            self.sites = ()
+            return
         self.sites = sites = check_sites(self.sites)
         if "query" not in sites and self.query_modules is not None:
             raise ValueError(f"query_modules={self.query_modules!r} is of no use without 'query' in `sites`.")
@@ -196,9 +231,14 @@ class SealConfig(PeftConfig):
             return config
         if os.path.isfile(weights):
             with safe_open(weights, framework="pt") as file:
-                for key in file.keys():  # noqa: SIM118 (not a dict)
-                    if key.endswith(".seal_delta.weight"):
-                        config._check_scale(key, file.get_tensor(key))
+                keys = [key for key in file.keys() if key.endswith(".seal_delta.weight")]  # noqa: SIM118 (not a dict)
+                if not keys and config.sites and config.heads:
+                    raise ValueError(
+                        f"The adapter file {weights} is cut off or damaged: it holds no scales. Save the adapter "
+                        "again, or download it again."
+                    )
+                for key in keys:
+                    config._check_scale(key, file.get_tensor(key))
         elif os.path.isdir(folder) and config.heads and not os.path.isfile(os.path.join(folder, WEIGHTS_NAME)):
             raise ValueError(
                 f"There is an {CONFIG_NAME} in {folder} but no {SAFETENSORS_WEIGHTS_NAME}: the scales are missing. "
@@ -250,7 +290,11 @@ def check_weights_file(path: str) -> None:
         try:
             header = json.loads(file.read(length)) if 8 + length <= size else {}
             end = (
-                8 + length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+                8
+                + length
+                + max(
+                    (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
+                )
             )
         except (ValueError, TypeError, KeyError, AttributeError):
             end = None

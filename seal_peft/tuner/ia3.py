@@ -59,10 +59,11 @@ def export_ia3(
     else:
         config, state, sizes = _seal_in_folder(Path(model))
         conv1d = False  # not on record; PEFT corrects it with a warning where the base has Conv1D layers
-    if config.rope_parameters is not None:
+    if config.rope_parameters is not None or config.self_extend is not None:
         raise ValueError(
-            f"This adapter runs under RoPE {config.rope_parameters}, which an IA3 folder cannot carry: it would give "
-            "other logits. Merge the adapter instead; the merged model's config carries it."
+            f"This adapter runs under RoPE {config.rope_parameters} and self_extend={config.self_extend}, which an "
+            "IA3 folder cannot carry: it would give other logits. Merge the adapter instead; the merged model's "
+            "config carries the RoPE."
         )
     names, inputs, weights = [], [], {}
     for key, value in state.items():

@@ -17,37 +17,12 @@ from .beside import check_all_names, check_can_merge, check_names, merged_produc
 from .config import SealConfig, Site
 from .geometry import HeadGeometry
 from .kept import KeptScale
+from .offset import ScaleOffset
 from .quantized import check_gradients_flow, merge_quantized, restore_snapshot, take_snapshot
 from .scale import apply_scale
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
 _RANDOM_INIT_STD = 0.1
-
-
-class ScaleOffset(nn.Module):
-    """The learned numbers of one adapter in one layer: `weight = scale - 1`.
-
-    Zero is the identity, so weight decay, missing keys and zero filling all mean "unchanged", and small changes
-    survive rounding. A module of its own with a `.weight` is what FSDP's wrap policy looks for.
-    """
-
-    def __init__(self, shape: tuple[int, ...]) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Take a parameter, unless it is broken: transformers' `load_adapter` assigns what it read without a check."""
-        if type(param) is nn.Parameter and not param.is_meta and not torch.isfinite(param).all():
-            raise ValueError(
-                "The adapter holds NaN or infinite scales. Its file is broken or its training diverged; do not use it."
-            )
-        super().register_parameter(name, param)
-
-    def forward(self, alpha: float) -> Tensor:
-        """Return the scale `1 + alpha * weight` in fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`."""
-        weight = self.weight if self.weight.dtype == torch.float64 else self.weight.float()
-        scale = 1 + alpha * weight
-        return scale.unsqueeze(-1) if scale.dim() == 1 else scale
 
 
 class Snapshot(NamedTuple):
@@ -65,7 +40,7 @@ class SealLayer(BaseTunerLayer):
         site: What is scaled, `"output"` of the heads or `"query"`.
         geometry: How many heads there are and how many channels each has.
         seal_delta: One `ScaleOffset` per adapter.
-        seal_alpha: Strength of each adapter, 1.0 unless changed.
+        seal_alpha: Strength of each adapter, 1.0 unless changed; also of those without scales.
         row_scale: Within `scaled_rows`, the scale of every row of the batch.
         outer_layers: Layers of other tuners around this one, the innermost first; see `beside.py`.
         model_configs: The configs of all adapters of the model, of other methods too.
@@ -108,10 +83,11 @@ class SealLayer(BaseTunerLayer):
         return scale
 
     def update_layer(self, adapter_name: str, config: SealConfig) -> None:
-        """Add the scales of one adapter, at the identity unless the config says otherwise."""
-        self.seal_delta[adapter_name] = ScaleOffset(self._offset_shape(config))
-        if not config.init_weights:
-            nn.init.normal_(self.offset(adapter_name), std=_RANDOM_INIT_STD)
+        """Add the scales of one adapter, at the identity unless the config says otherwise; none without a site."""
+        if config.sites:
+            self.seal_delta[adapter_name] = ScaleOffset(self._offset_shape(config))
+            if not config.init_weights:
+                nn.init.normal_(self.offset(adapter_name), std=_RANDOM_INIT_STD)
         self.seal_alpha[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)

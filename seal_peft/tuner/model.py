@@ -12,10 +12,11 @@ from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onlo
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
-from ..context.rope import rope_switch
+from ..context.switch import position_switch
 from . import joint, positions
 from .adapters import check_weighted, weighted_config, write_weighted_sum
 from .beside import check_free_name, seal_inside, surround, tuner_layers
+from .chosen import keep_chosen
 from .config import SealConfig, Site, check_sites
 from .geometry import TARGET_MODULES, default_target_modules, is_linear
 from .layer import Linear, SealLayer
@@ -79,6 +80,7 @@ class SealModel(BaseTuner):
         seal = seal_inside(target)
         if seal is not None:
             seal.update_layer(adapter_name, peft_config)
+            keep_chosen(seal, adapter_name, peft_config, current_key)
             return
         geometry, layout = geometry_of(peft_config, self.model, target, current_key)
         around: list[Any] = tuner_layers(target)
@@ -91,6 +93,7 @@ class SealModel(BaseTuner):
         else:
             query_class = QueryLinear if is_linear(target) else QueryNorm
             new_module = query_class(target, adapter_name, peft_config, geometry, layout, **kwargs)
+        keep_chosen(new_module, adapter_name, peft_config, current_key)
         new_module.model_configs = self.peft_config
         wrapped = next((layer for layer in self.model.modules() if isinstance(layer, SealLayer)), None)
         if wrapped is not None and wrapped.disable_adapters:
@@ -103,9 +106,9 @@ class SealModel(BaseTuner):
             surround(new_module, outer)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter; the RoPE that it asks for is checked before the first module is wrapped."""
-        rope = rope_switch(model)
-        wanted = positions.wanted_rope(rope, self.peft_config[adapter_name], model)
+        """Add an adapter; the RoPE and Self-Extend that it asks for are checked before the first module is wrapped."""
+        rope = position_switch(model)
+        wanted = positions.wanted(rope, self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if rope is not None:
             positions.connect(rope, model, self.peft_config, adapter_name, wanted)
@@ -164,11 +167,11 @@ class SealModel(BaseTuner):
                 layer.check_can_merge(layer.active_adapters if adapter_names is None else adapter_names)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
-        """As in PEFT; the model keeps the RoPE of what is in its weights."""
+        """As in PEFT; the model keeps the RoPE and Self-Extend of what is in its weights."""
         names = (kwargs.get("adapter_names") or self.active_adapters) if merge else []
         if merge:
             self._check_layers(kwargs.get("adapter_names"), get_args(Site))
-        with positions.unloading(rope_switch(self.model), self.model, names):
+        with positions.unloading(position_switch(self.model), self.model, names):
             super()._unload_and_optionally_merge(merge=merge, **kwargs)
         return self.model
 
@@ -199,7 +202,7 @@ class SealModel(BaseTuner):
             return
         settings = kwargs.get("generation_config")
         num_beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
-        rope = rope_switch(self.model)
+        rope = position_switch(self.model)
         with scaled_rows(self, adapter_names, num_beams), rope.rows(adapter_names) if rope else nullcontext():
             yield
 
@@ -224,7 +227,7 @@ class SealModel(BaseTuner):
             for name, layer in self.model.named_modules()
             if isinstance(layer, SealLayer) and any(adapter in layer.seal_delta for adapter in adapters)
         }
-        rope = rope_switch(self.model)
+        rope = position_switch(self.model)
         if rope is not None:
             rope.wanted(adapters)
         self.peft_config[adapter_name] = weighted_config(self.peft_config, adapters, layers)

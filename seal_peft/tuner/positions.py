@@ -1,4 +1,4 @@
-"""The RoPE that an adapter was trained under: recorded, compared when it is loaded, applied where it asks for it."""
+"""The positions that an adapter was trained under: recorded, compared at loading, applied where it asks for them."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from .layer import SealLayer
 _MEASURED_BY_LENGTH = ("dynamic", "longrope")
 
 
-def wanted_rope(rope: Any, config: PeftConfig, model: nn.Module) -> dict[str, Any] | None:
-    """Complete what a config asks for, and record in it the RoPE of its base.
+def wanted(rope: Any, config: PeftConfig, model: nn.Module) -> Any:
+    """Complete what a config asks for, and record in it what its base has.
 
-    Missing values come from the base that the adapter was trained on, not from the one that it is loaded on.
+    Missing RoPE parameters come from the base that the adapter was trained on, not from the one that it is loaded on.
 
     Args:
-        rope: The model's `RopeSwitch`; `None` for models without RoPE.
+        rope: The model's `PositionSwitch`; `None` for models without RoPE.
         config: Config of a new or loaded adapter.
         model: The base model.
 
     Returns:
-        All RoPE parameters, or `None` if the adapter takes those of the model.
+        The switch's `Request`, or `None` if the adapter takes what the model has.
 
     Raises:
         ValueError: The model cannot take what the config asks for.
@@ -36,16 +36,16 @@ def wanted_rope(rope: Any, config: PeftConfig, model: nn.Module) -> dict[str, An
     if not isinstance(config, SealConfig):
         return None
     if rope is None:
-        if config.rope_parameters is not None:
+        if config.rope_parameters is not None or config.self_extend is not None:
             raise ValueError(
                 f"{type(model).__name__} has no rotary position embedding that this package knows, so an adapter "
-                f"cannot bring rope_parameters={config.rope_parameters}."
+                f"cannot bring rope_parameters={config.rope_parameters} and self_extend={config.self_extend}."
             )
         return None
-    expected, own = config._expected_base_rope, rope.own
-    wanted = rope.resolve(config.rope_parameters, expected) if config.rope_parameters is not None else None
+    expected, (own, own_self_extend) = config._expected_base_rope, rope.own
+    request = rope.resolve(config.rope_parameters, config.self_extend, expected)
     difference = _difference(expected, own) if expected is not None else ""
-    if difference and wanted is None:
+    if difference and config.rope_parameters is None:
         warnings.warn(
             f"This adapter was trained with other RoPE parameters than the base model has: {difference}. Its scales "
             "may not fit. To apply those of the adapter while it is in use, load it with `config = "
@@ -58,45 +58,53 @@ def wanted_rope(rope: Any, config: PeftConfig, model: nn.Module) -> dict[str, An
         warnings.warn(
             f"The base model has other RoPE parameters than the one that this adapter was trained on: {difference}. "
             "The adapter's own rope_parameters are applied, completed from the base that it was trained on: "
-            f"{wanted}.",
+            f"{request.rope}.",
+            stacklevel=2,
+        )
+    trained = config._expected_base_self_extend
+    if expected is not None and config.self_extend is None and trained != own_self_extend:
+        warnings.warn(
+            f"This adapter was trained on a base with self_extend={trained}, but the base model has "
+            f"{own_self_extend}. Its scales may not fit. Set `config.self_extend` to have it applied while the "
+            "adapter is in use, or use `apply_self_extend` on the base model.",
             stacklevel=2,
         )
     # What a loaded adapter was trained on stays on record, unless it goes on training here.
-    if expected is None or (wanted is None and not config.inference_mode):
+    if expected is None or (config.rope_parameters is None and not config.inference_mode):
         config.base_rope = own
-    return wanted
+    if expected is None or (config.self_extend is None and not config.inference_mode):
+        config.base_self_extend = own_self_extend
+    return request
 
 
-def connect(
-    rope: Any, model: nn.Module, configs: Mapping[str, PeftConfig], adapter_name: str, wanted: dict[str, Any] | None
-) -> None:
-    """Register an injected adapter, so that its layers bring its RoPE in and out of force."""
+def connect(rope: Any, model: nn.Module, configs: Mapping[str, PeftConfig], adapter_name: str, request: Any) -> None:
+    """Register an injected adapter, so that its layers bring what it asks for in and out of force."""
     if not isinstance(configs[adapter_name], SealConfig):
         return
     layers = [module for module in model.modules() if isinstance(module, SealLayer)]
     for layer in layers:
         layer.rope = rope
-    rope.add(adapter_name, wanted, layers)
+    rope.add(adapter_name, request, layers)
 
 
 @contextmanager
 def unloading(rope: Any, model: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
-    """Around the removal of all adapters: the model keeps the RoPE of what is in its weights afterwards.
+    """Around the removal of all adapters: the model keeps the positions of what is in its weights.
 
     Args:
-        rope: The model's `RopeSwitch`; `None` for models without RoPE.
+        rope: The model's `PositionSwitch`; `None` for models without RoPE.
         model: The model.
         adapter_names: Those that are merged on the way out.
 
     Raises:
-        ValueError: They, and those that are merged already, ask for different RoPE.
+        ValueError: They, and those that are merged already, ask for different RoPE or Self-Extend.
     """
     if rope is None:
         yield
         return
     layers = [module for module in model.modules() if isinstance(module, SealLayer)]
     names = [*dict.fromkeys(name for layer in layers for name in layer.merged_adapters), *adapter_names]
-    rope.wanted(names)
+    request = rope.wanted(names)
     for layer in layers:  # what is active but not merged counts no more
         layer.rope = None
     try:
@@ -106,22 +114,31 @@ def unloading(rope: Any, model: nn.Module, adapter_names: Sequence[str]) -> Iter
             layer.rope = rope
         raise
     rope.finish(names)
+    if request is not None and request.self_extend is not None:
+        warnings.warn(
+            f"The merged model needs self_extend={request.self_extend}. It is in force in this model, and its "
+            "`config.json` will say so, but no engine reads that: after loading the saved model, call "
+            "`seal_peft.context.self_extend.apply_self_extend(model, **model.config.self_extend)`.",
+            stacklevel=2,
+        )
 
 
-def check_same_rope(config: SealConfig, model: nn.Module, adapter_name: str) -> None:
-    """Refuse to put the scales of one adapter in the place of another that was trained under other RoPE.
+def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str) -> None:
+    """Refuse to put the scales of one adapter in the place of another that was trained under other positions.
 
     Raises:
-        ValueError: The two ask for different RoPE.
+        ValueError: The two ask for different RoPE or Self-Extend.
     """
     own = getattr(model, "peft_config", {}).get(adapter_name)
-    sides = [
-        None if c is None or c.rope_parameters is None else (c.rope_parameters, c.base_rope) for c in (config, own)
-    ]
+    sides = []
+    for side in (config, own):
+        rope = None if side is None or side.rope_parameters is None else (side.rope_parameters, side.base_rope)
+        sides.append((rope, None if side is None else side.self_extend))
     if sides[0] != sides[1]:
         raise ValueError(
-            f"The saved adapter asks for RoPE {sides[0]} and adapter {adapter_name!r} of the model for {sides[1]} "
-            "(None: the base model's own). Load it as an adapter of its own and switch with `set_adapter`."
+            f"The saved adapter asks for RoPE and Self-Extend {sides[0]} and adapter {adapter_name!r} of the model "
+            f"for {sides[1]} (None: the base model's own). Load it as an adapter of its own and switch with "
+            "`set_adapter`."
         )
 
 

@@ -59,7 +59,7 @@ def _checked(model: nn.Module, layers: Sequence[SealLayer], adapter_names: Seque
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    known = {name for layer in layers for name in layer.seal_delta}
+    known = {name for layer in layers for name in layer.seal_alpha}
     if unknown := sorted(set(adapter_names) - known - {BASE}):
         raise ValueError(
             f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "

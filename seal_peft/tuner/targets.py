@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .beside import seal_inside, tuner_layers
+from .chosen import check_chosen, chosen_heads
 from .config import SealConfig
 from .geometry import HeadGeometry, head_geometry
 from .queries import QUERY_NAMES, QueryLayout, query_layout, query_name
@@ -33,7 +34,9 @@ def is_target(config: SealConfig, model: nn.Module, name: str) -> Any:
     output = check_target_module_exists(config, name)
     if isinstance(output, _ExcludedModule):
         return output
-    if output and "output" in config.sites:
+    if chosen_heads(config, name) == []:
+        return False
+    if output and ("output" in config.sites or not config.sites):  # without a site they only carry the adapter's name
         return output
     return "query" in config.sites and is_query(config, model, name)
 
@@ -77,6 +80,7 @@ def check_targets(config: SealConfig, model: nn.Module) -> list[list[int]]:
     """
     inside: tuple[str, ...] = ()
     found: list[list[int]] = []
+    heads: dict[str, int] = {}
     for name, module in model.named_modules():
         if inside and name.startswith(inside):
             continue
@@ -88,6 +92,8 @@ def check_targets(config: SealConfig, model: nn.Module) -> list[list[int]]:
             if not is_query(config, model, name):
                 _check_supported(module, name)
             found.append(list(geometry_of(config, model, module, name)[0]))
+            heads[name] = found[-1][0]
+    check_chosen(config, heads)
     expected = config._expected_heads
     if expected is not None and found != [list(pair) for pair in expected]:
         raise ValueError(

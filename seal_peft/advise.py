@@ -1,0 +1,36 @@
+"""Say which context extension reaches a length, for a model that need not be loaded.
+
+seal-peft advise --model_name_or_path smollm2 --length 32768
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .context.advice import advise as advice_for
+from .loading import load_config
+from .report import markdown_table
+
+
+@dataclass
+class AdviseArguments:
+    """Which model, and how far it should read."""
+
+    model_name_or_path: str = field(metadata={"help": "Model: Hub id, local folder, or `smollm2`. Only its config."})
+    length: int = field(metadata={"help": "Target length in tokens, the answer included."})
+
+
+def advise(arguments: AdviseArguments) -> str:
+    """Return a table of settings that reach the length; see `seal_peft.context.advice.advise`.
+
+    Args:
+        arguments: See `AdviseArguments`.
+
+    Raises:
+        ValueError: The length is not positive, or nothing extends the model.
+    """
+    rows = [["method", "reaches (tokens)", "SealConfig arguments", "note"]]
+    for advice in advice_for(load_config(arguments.model_name_or_path), arguments.length):
+        settings = ", ".join(f"{name}={value}" for name, value in (advice.settings or {}).items())
+        rows.append([advice.method, f"{advice.reach:,}" if advice.reach else "no", settings, advice.note])
+    return markdown_table(rows)

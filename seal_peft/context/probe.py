@@ -1,0 +1,200 @@
+"""Which attention layers can take other positions: found by running the model, not by knowing its class."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from .grouped import rotate
+from .rope import rotary_modules, text_config
+
+_NAME = "self_extend_probe"
+# Their frequencies depend on the length, so that cached keys may have been rotated by others.
+_BY_LENGTH = ("dynamic", "longrope")
+# Two sets of positions, far enough apart that another rotation cannot pass for the right one.
+_POSITIONS = (0, 1, 2, 3, 4, 5), (3, 10, 11, 41, 40, 97)
+_heard: contextvars.ContextVar[list[_Heard]] = contextvars.ContextVar("heard")
+
+
+@dataclass(frozen=True)
+class RotaryLayer:
+    """An attention layer without a window of its own, and how it rotates queries and keys.
+
+    Attributes:
+        attention: The attention module.
+        rotary: The module with the frequencies.
+        frequencies: Name of the frequencies in it.
+        interleaved: See `grouped.rotate`; `None` for a model on the meta device, which computes nothing.
+    """
+
+    attention: nn.Module
+    rotary: nn.Module
+    frequencies: str
+    interleaved: bool | None
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """What one attention layer handed to its attention function."""
+
+    attention: nn.Module
+    query: Tensor
+    key: Tensor
+    is_full: bool
+    position_ids: Tensor | None
+    extras: list[str]
+
+
+def rotary_layers(model: nn.Module) -> list[RotaryLayer]:
+    """Find the layers that rotate queries and keys by their positions and attend to all that came before.
+
+    The model runs twice over six tokens at different positions, with attention that gives zeros, so that nothing but
+    the rotation differs. What `grouped.rotate` makes of the first run's queries and keys must be those of the second.
+    Layers with a sliding window or without positions are left out. On the meta device, where nothing can be compared,
+    all layers without a window are taken.
+
+    Raises:
+        ValueError: The model does not call transformers' attention interface with `position_ids`, has no such layer,
+            or one that does more than rotate and attend.
+    """
+    name = type(model).__name__
+    config = text_config(model)
+    if config is None or not (rotaries := rotary_modules(model, config)):
+        raise ValueError(
+            f"{name} has no rotary position embedding that this package knows, so Self-Extend cannot change its "
+            "positions."
+        )
+    if any(hasattr(module, "qk_rope_head_dim") for module in model.modules()):
+        raise ValueError(
+            f"{name} has multi-head latent attention, which keeps its keys' positions apart; Self-Extend does not "
+            "support it. Extend it by rope_parameters, such as YaRN."
+        )
+    if "mrope_section" in config.rope_parameters:
+        raise ValueError(f"{name} has positions of several dimensions (M-RoPE), which Self-Extend does not support.")
+    check_frequencies(model, rotaries)
+    first, second = (_run(model, config, positions) for positions in _POSITIONS)
+    found = []
+    for one, other in zip(first, second, strict=True):
+        if one.extras:
+            raise ValueError(
+                f"{name} has attention with {', '.join(one.extras)} (soft capping or sinks), which Self-Extend does "
+                "not support. Extend it by rope_parameters, such as YaRN."
+            )
+        if one.is_full and (one.query.is_meta or not (_near(one.query, other.query) and _near(one.key, other.key))):
+            found.append(_rotary_layer(name, one, other, rotaries))
+    if not found:
+        raise ValueError(
+            f"No layer of {name} rotates its queries and keys and attends to all that came before through "
+            "transformers' attention interface: its layers have sliding windows, or it computes attention itself. "
+            "Self-Extend has nothing to change."
+        )
+    return found
+
+
+def check_frequencies(model: nn.Module, rotaries: list[nn.Module]) -> None:
+    """Refuse rotary modules whose frequencies depend on the length.
+
+    Raises:
+        ValueError: One does.
+    """
+    kinds = [value for rotary in rotaries for name, value in vars(rotary).items() if name.endswith("rope_type")]
+    flat = [kind for value in kinds for kind in (value.values() if isinstance(value, dict) else [value])]
+    if found := [kind for kind in flat if kind in _BY_LENGTH]:
+        raise ValueError(
+            f"{type(model).__name__} has RoPE of the type {found[0]!r}, whose frequencies depend on the length, so "
+            "that cached keys cannot be turned to other positions. Use Self-Extend with another type (default, "
+            "linear, ntk, yarn, llama3), or this type without Self-Extend."
+        )
+
+
+def _rotary_layer(name: str, one: _Heard, other: _Heard, rotaries: list[nn.Module]) -> RotaryLayer:
+    where = f"{name}, layer {getattr(one.attention, 'layer_idx', '?')} ({type(one.attention).__name__})"
+    if one.position_ids is None or not (one.query.is_meta or one.position_ids.tolist() == [list(_POSITIONS[0])]):
+        raise ValueError(f"{where} does not hand position_ids to its attention function. Self-Extend needs them.")
+    old, new = (torch.tensor([positions], device=one.key.device) for positions in _POSITIONS)
+    for rotary in rotaries:
+        for buffer, frequencies in rotary.named_buffers():
+            if not buffer.endswith("inv_freq") or "original" in buffer or 2 * len(frequencies) > one.key.shape[-1]:
+                continue
+            if one.query.is_meta:
+                return RotaryLayer(one.attention, rotary, buffer, None)
+            frequencies = frequencies.to(one.key.device)
+            for interleaved in (False, True):
+                turned = [rotate(x, old, new, frequencies, interleaved) for x in (one.query, one.key)]
+                if _near(turned[0], other.query) and _near(turned[1], other.key):
+                    return RotaryLayer(one.attention, rotary, buffer, interleaved)
+    raise ValueError(
+        f"{where} does not rotate queries and keys in a way that can be composed (halves or pairs of channels, "
+        "nothing after the rotation but a constant), so Self-Extend would be wrong. Extend it by rope_parameters "
+        "instead."
+    )
+
+
+def _near(one: Tensor, other: Tensor) -> bool:
+    """Whether two are the same but for rounding, which a model does twice in its own dtype."""
+    tolerance = 16 * torch.finfo(one.dtype).eps if one.dtype.itemsize < 4 else 1e-4
+    return float((one - other).float().norm()) <= tolerance * float(other.float().norm())
+
+
+def _run(model: nn.Module, config: Any, positions: tuple[int, ...]) -> list[_Heard]:
+    device = next(model.parameters()).device
+    ids = torch.arange(1, 1 + len(positions), device=device).unsqueeze(0)
+    heard: list[_Heard] = []
+    token = _heard.set(heard)
+    try:
+        with torch.no_grad(), _in_eval(model), attention_implementation(config, _NAME):
+            position_ids = torch.tensor([positions], device=device)
+            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=position_ids, use_cache=False)
+    finally:
+        _heard.reset(token)
+    return heard
+
+
+@contextmanager
+def attention_implementation(config: Any, name: str) -> Iterator[None]:
+    """Within the context, the layers that read this config attend by another function."""
+    before = config._attn_implementation
+    config._attn_implementation = name
+    try:
+        yield
+    finally:
+        config._attn_implementation = before
+
+
+@contextmanager
+def _in_eval(model: nn.Module) -> Iterator[None]:
+    """Dropout would make the two runs differ."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _listen(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    extras = [name for name in ("softcap", "s_aux", "position_bias") if kwargs.get(name) is not None]
+    is_full = attention_mask is not None and attention_mask.dtype == torch.int64
+    _heard.get().append(_Heard(module, query, key, is_full, kwargs.get("position_ids"), extras))
+    batch, heads, tokens, _ = query.shape
+    return value.new_zeros(batch, tokens, heads, value.shape[-1]), None
+
+
+def _mask(batch_size: int, *_: Any, local_size: int | None = None, device: Any = "cpu", **__: Any) -> Tensor:
+    """Say by its dtype whether a layer sees all that came before; sliding and chunked layers have a `local_size`."""
+    return torch.ones(batch_size, 1, 1, 1, dtype=torch.int64 if local_size is None else torch.bool, device=device)
+
+
+AttentionInterface.register(_NAME, _listen)
+AttentionMaskInterface.register(_NAME, _mask)

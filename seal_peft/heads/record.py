@@ -1,0 +1,123 @@
+"""The files of `seal-peft heads`: one for each score, its picture, and the table over all."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..files import write_json
+from ..provenance import provenance
+from .layers import Heads
+from .maps import MEANING, as_tensor, compare, summarise
+from .pictures import draw_channels, draw_maps
+from .scores import Score
+
+CHANNELS = "gradient-channels.safetensors"
+# Shares start at 0; all other maps have a sign.
+_SHARES = ("retrieval_copy", "retrieval_mass")
+
+
+def finished(folder: Path, name: str, key: str) -> dict[str, Any] | None:
+    """Return what an earlier call wrote of a score, if model, samples and settings were the same."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(
+            f"{path} is not a file of `seal-peft heads`. Remove it, or choose another --output_dir."
+        ) from error
+    same = isinstance(record, dict) and record.get("fingerprint") == key
+    return record if same and (name != "gradient" or (folder / CHANNELS).is_file()) else None
+
+
+def write_score(
+    folder: Path, name: str, score: Score, heads: Heads, key: str, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Write `NAME.json`, its picture, and the channels if the score has them; return what the JSON holds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if score.channels:
+        save_file({channel: values.contiguous() for channel, values in score.channels.items()}, folder / CHANNELS)
+    maps = {
+        title: {str(length): summarise(values) for length, values in own.items()} for title, own in score.maps.items()
+    }
+    record = {
+        "score": name,
+        "layers": [layer.number for layer in heads.layers],
+        "meaning": {title: MEANING[title] for title in maps if title in MEANING},
+        "maps": maps,
+        **_with_text_keys(score.more),
+        "settings": dict(settings),
+        "fingerprint": key,
+        **provenance(),
+    }
+    means = _means(record)
+    for shares in (True, False):
+        drawn = {title: own for title, own in means.items() if (title in _SHARES) == shares and _is_main(title)}
+        if drawn:
+            draw_maps(drawn, heads, folder / f"{name}.png", None if shares else 0.0)
+    if record.get("channels") and (folder / CHANNELS).is_file():
+        _draw_channels(folder, record, heads)
+    write_json(folder / f"{name}.json", record)  # last: it says that the rest is there
+    return record
+
+
+def write_comparison(
+    folder: Path, records: Sequence[Mapping[str, Any]], columns: Mapping[str, Mapping[int, Tensor]], heads: Heads
+) -> dict[str, Any]:
+    """Write `heads.json`: every score of every head beside the learned scales; return what it holds.
+
+    Args:
+        folder: Where to.
+        records: What `write_score` returned.
+        columns: Learned scales, from `scale_columns`.
+        heads: The heads of the model.
+    """
+    maps = {title: own for record in records for title, own in _means(record).items() if _is_main(title)}
+    comparison = compare({**maps, **columns}, heads)
+    named = {title: text for title, text in MEANING.items() if title in maps or title in columns}
+    write_json(folder / "heads.json", {"meaning": named, **comparison, **provenance()})
+    if columns:
+        draw_maps(columns, heads, folder / "scales.png", 1.0)
+    return comparison
+
+
+def _means(record: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
+    return {
+        title: {int(length): as_tensor(summary["mean"]) for length, summary in own.items()}
+        for title, own in record["maps"].items()
+    }
+
+
+def _is_main(title: str) -> bool:
+    """Whether a map is compared and drawn; changes of accuracy take few values and stand in the file alone."""
+    return not title.endswith(("_tokens", "_exact"))
+
+
+def _draw_channels(folder: Path, record: Mapping[str, Any], heads: Heads) -> None:
+    gradients = load_file(folder / CHANNELS)
+    drawn: dict[str, dict[str, Tensor]] = {}
+    for name, by_length in record["channels"].items():
+        layer, head = (int(number) for number in name[1:].split("H"))
+        module = next(own.name for own in heads.layers if own.number == layer)
+        for length, summary in by_length.items():
+            gradient = gradients.get(f"{length}.{module}")
+            if gradient is not None:
+                title = f"{name}, {int(length):,} tokens"
+                drawn[title] = {"pruning": torch.tensor(summary["mean"]), "gradient": gradient[head]}
+    if drawn:
+        draw_channels(drawn, folder / "channels.png")
+
+
+def _with_text_keys(value: Any) -> Any:
+    """JSON has no numbers as keys; what is returned is to equal what is read back."""
+    if isinstance(value, dict):
+        return {str(key): _with_text_keys(own) for key, own in value.items()}
+    return value

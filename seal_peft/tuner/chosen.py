@@ -1,0 +1,80 @@
+"""Adapters of chosen heads only: `target_heads=["L14H7", ...]`, named by layer and head, both from 0."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, cast
+
+from .offset import ScaleOffset
+
+if TYPE_CHECKING:
+    from .config import SealConfig
+    from .layer import SealLayer
+
+
+def check_names(names: Sequence[str]) -> list[str]:
+    """Return names of heads as a list.
+
+    Raises:
+        ValueError: They are not different names such as `L14H7`.
+    """
+    valid = not isinstance(names, str) and all(re.fullmatch(r"L(0|[1-9]\d*)H(0|[1-9]\d*)", str(n)) for n in names)
+    if not valid or not names or len(set(names)) < len(names):
+        raise ValueError(
+            f"target_heads={names!r} is not allowed. Use a list of different heads such as ['L14H7', 'L20H1'] "
+            "(layer 14, head 7, both from 0), or None for all."
+        )
+    return list(names)
+
+
+def chosen_heads(config: SealConfig, name: str) -> list[int] | None:
+    """Return the heads of a module that get a scale; `None` for all of them.
+
+    Args:
+        config: The adapter's config.
+        name: Full name of the module. Its first number is that of its layer.
+    """
+    if config.target_heads is None:
+        return None
+    start = _layer(name)
+    return [int(head.removeprefix(start)) for head in config.target_heads if head.startswith(start)]
+
+
+def check_chosen(config: SealConfig, found: Mapping[str, int]) -> None:
+    """Make sure that every chosen head exists.
+
+    Args:
+        config: The adapter's config.
+        found: Number of heads of each module that is adapted, by name.
+
+    Raises:
+        ValueError: A chosen head is in none of them.
+    """
+    known = {f"{_layer(name)}{head}" for name, heads in found.items() for head in range(heads)}
+    missing = [head for head in config.target_heads or () if head not in known]
+    if missing:
+        raise ValueError(
+            f"target_heads names heads that the model does not have, or that other settings leave out: "
+            f"{', '.join(missing)}. Heads are named L14H7: layer 14, head 7, both from 0."
+        )
+
+
+def keep_chosen(layer: SealLayer, adapter_name: str, config: SealConfig, name: str) -> None:
+    """Let an adapter scale the chosen heads of its layer and no others.
+
+    Args:
+        layer: A layer that has the adapter.
+        adapter_name: Which adapter.
+        config: Its config.
+        name: Full name of the module.
+    """
+    heads = chosen_heads(config, name)
+    if heads is not None:
+        cast(ScaleOffset, layer.seal_delta[adapter_name]).choose(heads)
+
+
+def _layer(name: str) -> str:
+    """How the names of a layer's heads begin."""
+    number = re.search(r"\.(\d+)\.", f".{name}.")
+    return f"L{number[1] if number else '?'}H"

@@ -1,0 +1,46 @@
+"""The learned numbers of one adapter in one layer, and what scale they stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class ScaleOffset(nn.Module):
+    """The learned numbers of one adapter in one layer: `weight = scale - 1`.
+
+    Zero is the identity, so weight decay, missing keys and zero filling all mean "unchanged", and small changes
+    survive rounding. A module of its own with a `.weight` is what FSDP's wrap policy looks for.
+    """
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(shape))
+        self._chosen: list[int] | None = None
+
+    @torch.no_grad()
+    def choose(self, heads: list[int]) -> None:
+        """Keep all heads but these at a scale of exactly 1, whatever an optimizer does."""
+        self._chosen = heads
+        self.weight.mul_(self._mask())
+
+    def _mask(self) -> Tensor:
+        # No buffer: models that are built on the meta device would leave it there.
+        mask = torch.zeros(self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device)
+        mask[self._chosen] = 1.0
+        return mask.view(-1, *[1] * (self.weight.dim() - 1))
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Take a parameter, unless it is broken: transformers' `load_adapter` assigns what it read without a check."""
+        if type(param) is nn.Parameter and not param.is_meta and not torch.isfinite(param).all():
+            raise ValueError(
+                "The adapter holds NaN or infinite scales. Its file is broken or its training diverged; do not use it."
+            )
+        super().register_parameter(name, param)
+
+    def forward(self, alpha: float) -> Tensor:
+        """Return the scale `1 + alpha * weight` in fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`."""
+        weight = self.weight if self._chosen is None else self.weight * self._mask()
+        weight = weight if weight.dtype == torch.float64 else weight.float()
+        scale = 1 + alpha * weight
+        return scale.unsqueeze(-1) if scale.dim() == 1 else scale

@@ -1,0 +1,75 @@
+"""Advice on context extension: every setting that is given reaches the length, and the model takes it."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+
+import models
+from seal_peft import SealConfig
+from seal_peft.context.advice import advise
+from seal_peft.context.rope import read_rope
+from stages import error_of, save_model, seal
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
+LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
+
+
+def by_method(config, length):
+    return {advice.method: advice for advice in advise(config, length)}
+
+
+@settings(max_examples=5, deadline=None)
+@given(length=st.integers(129, 5000))
+def test_whatever_is_advised_reaches_and_can_be_trained_under(length):
+    for method, advice in by_method(models.llama().config, length).items():
+        assert advice.reach >= length
+        model = get_peft_model(models.llama(), SealConfig(**advice.settings))
+        if method in ("linear", "ntk", "yarn"):
+            assert read_rope(model)["max_position_embeddings"] == advice.reach
+        if method == "self_extend":
+            group_size, window = advice.settings["self_extend"].values()
+            assert advice.reach == (128 - window) * group_size + window
+            assert window + (length - window) / group_size < 2 / 3 * 128
+            assert window + (length - window) / (group_size - 1) >= 2 / 3 * 128 if group_size > 1 else True
+
+
+def test_a_length_that_the_model_reaches_needs_nothing():
+    (advice,) = advise(models.llama().config, 128)
+    assert (advice.method, advice.settings, advice.reach) == ("none", {}, 128)
+
+
+def test_a_model_that_is_extended_already_is_extended_from_where_it_is():
+    config = models.llama(max_position_embeddings=512, rope_parameters=YARN).config
+    found = by_method(config, 1024)
+    assert found["yarn"].settings == {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}
+    assert found["ntk"].settings == {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}
+    config = models.llama(max_position_embeddings=256, rope_parameters=LINEAR).config
+    assert by_method(config, 1024)["linear"].settings["rope_parameters"]["factor"] == 8.0
+
+
+def test_what_a_model_does_not_take_says_why():
+    found = by_method(models.base_model("mistral").config, 1000)
+    assert found["self_extend"].settings is None
+    assert "sliding windows" in found["self_extend"].note
+    assert found["yarn"].reach >= 1000
+    assert "latent attention" in by_method(models.base_model("deepseek_v3").config, 1000)["self_extend"].note
+
+
+def test_wrong_lengths_and_models_without_rope_are_refused():
+    for length in (0, -3, 1.5, True):
+        with pytest.raises(ValueError, match="positive whole number"):
+            advise(models.llama().config, length)
+    with pytest.raises(ValueError, match="nothing extends it"):
+        advise(models.gpt2().config, 1000)
+
+
+def test_the_stage_prints_a_table_from_the_config_alone(tmp_path, capsys):
+    folder = save_model(tmp_path / "model", weights=False, max_position_embeddings=128)
+    assert seal("advise", "--model_name_or_path", str(folder), "--length", "1000") == 0
+    out = capsys.readouterr().out
+    assert "| yarn | 1,000 | rope_parameters={'rope_type': 'yarn', 'factor': 7.82} |" in out
+    assert "self_extend={'group_size':" in out
+    assert {line.count("|") for line in out.strip().splitlines()} == {5}
+    assert seal("advise", "--model_name_or_path", str(folder), "--length", "0") == 1
+    assert "positive whole number" in error_of(capsys)

@@ -1,0 +1,208 @@
+"""`seal-peft heads`: files, tables and pictures; restarts keep what is finished; bad input is found before loading."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+import models
+from seal_peft import SealConfig, save_adapter, scales
+from seal_peft.data import read_samples, write_samples
+from seal_peft.heads import encode_samples, find_heads, gradient_map, pruning_map
+from seal_peft.heads.maps import as_tensor
+from seal_peft.loading import load_model, load_tokenizer
+from stages import error_of, save_model, seal, some_samples
+
+ALL = ["gradient", "pruning", "retrieval", "direct_effect"]
+
+
+@pytest.fixture(scope="module")
+def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, an adapter, samples of two lengths, and one full run over them."""
+    folder = tmp_path_factory.mktemp("house")
+    save_model(folder / "model")
+    made = [*some_samples("test", 400, 2), *some_samples("test", 500, 2)]
+    write_samples(folder / "samples.jsonl", [dataclasses.replace(s, id=str(i)) for i, s in enumerate(made)])
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(folder / "model"),
+        SealConfig(granularity="channel", sites=("output", "query"), task_type="CAUSAL_LM"),
+    )
+    models.draw_scales(adapted)
+    save_adapter(adapted, folder / "adapter")
+    assert run(folder, "--adapter", folder / "adapter", *FULL) == 0
+    return folder
+
+
+FULL = ["--ablations", "zero", "mean", "--channels_of", "L0H1", "--generate_heads", 1, "--quadrants", "Q1=0.9,Q3=1.1"]
+
+
+def run(folder: Path, *words: object, out: str = "out") -> int:
+    base = ["--model_name_or_path", folder / "model", "--test_file", folder / "samples.jsonl"]
+    return seal("heads", *base, "--dtype", "float32", "--output_dir", folder / out, *words)
+
+
+def read(path: Path):
+    return json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+
+
+def test_every_score_has_a_file_and_a_picture(house: Path) -> None:
+    for name in ALL:
+        record = read(house / "out" / f"{name}.json")
+        assert record["layers"] == [0, 1]
+        assert record["versions"]["torch"]
+        assert record["settings"]["measure"] == "answer"
+        for by_length in record["maps"].values():
+            assert list(by_length) == ["400", "500"]
+            assert all(torch.isfinite(as_tensor(own["mean"])).all() and own["n"] == 2 for own in by_length.values())
+    for name in [*ALL, "scales", "quadrants", "channels"]:
+        assert (house / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_maps_are_what_the_functions_return(house: Path) -> None:
+    samples = [sample for sample in read_samples(house / "samples.jsonl") if sample.length == 500]
+    rows = encode_samples(samples, load_tokenizer(str(house / "model")))
+    heads = find_heads(load_model(str(house / "model"), "float32"))
+    pruned = pruning_map(heads, rows)
+    record = read(house / "out" / "pruning.json")
+    found = as_tensor(record["maps"]["pruning_zero"]["500"]["mean"])
+    torch.testing.assert_close(found, pruned.logprob.mean(0), rtol=1e-4, atol=1e-5)
+    assert record["base"]["500"]["logprob"]["mean"] == pytest.approx(pruned.base.logprob.mean().item(), abs=1e-4)
+    gradients = gradient_map(heads, rows)
+    channels = load_file(house / "out" / "gradient-channels.safetensors")
+    name = heads.layers[1].name
+    torch.testing.assert_close(channels[f"500.{name}"], gradients[1].mean(0), rtol=1e-4, atol=1e-6)
+    found = as_tensor(read(house / "out" / "gradient.json")["maps"]["gradient"]["500"]["mean"])
+    torch.testing.assert_close(found[1], gradients[1].sum(-1).mean(0), rtol=1e-4, atol=1e-6)
+
+
+def test_the_table_has_all_scores_beside_the_learned_scales(house: Path) -> None:
+    table = read(house / "out" / "heads.json")
+    row = table["heads"][6]
+    learned = scales(house / "adapter")["model.layers.1.self_attn.o_proj"][2].mean().item()
+    assert (row["name"], row["scale"]) == ("L1H2", pytest.approx(learned))
+    for name in ("gradient", "gradient_query", "pruning_zero", "pruning_mean", "retrieval_copy", "direct_difference"):
+        assert isinstance(row[f"{name}@400"], float)
+    assert row["direct_logit_adapter@500"] != row["direct_logit@500"]
+    assert "scale" in table["rank_correlations"]["500"]["pruning_zero"]
+
+
+def test_heads_at_both_ends_are_judged_by_generation_too(house: Path) -> None:
+    generated = read(house / "out" / "pruning.json")["generated"]
+    assert list(generated) == ["400", "500"]
+    assert len(generated["400"]["heads"]) == 2
+    assert 0 <= generated["400"]["base"]["low"] <= generated["400"]["base"]["mean"] <= 1
+
+
+def test_the_quadrant_adapter_loads_and_holds_the_factors(house: Path) -> None:
+    adapter = house / "out" / "quadrants" / "Q1x0.9-Q3x1.1"
+    maps = read(house / "out" / "pruning.json")["maps"]["pruning_zero"]
+    shorter, longer = (as_tensor(maps[length]["mean"]) for length in ("400", "500"))
+    for position, own in enumerate(scales(adapter).values()):
+        for head in range(4):
+            signs = (shorter[position, head] > 0, longer[position, head] > 0)
+            expected = {(True, True): 0.9, (False, False): 1.1}.get(tuple(map(bool, signs)), 1.0)
+            assert own[head].item() == pytest.approx(expected)
+    PeftModel.from_pretrained(load_model(str(house / "model"), "float32"), adapter)
+
+
+def test_a_second_call_keeps_what_is_finished_and_computes_what_changed(
+    house: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path: path.read_bytes() for path in (house / "out").glob("*.json") if path.stem in ALL}
+    assert run(house, "--adapter", house / "adapter", *FULL) == 0
+    assert {path: path.read_bytes() for path in before} == before
+    printed = capsys.readouterr().out
+    assert "| pruning_zero |" in printed
+    assert "Q1=0.9,Q3=1.1: " in printed
+    assert run(house, "--adapter", house / "adapter", *FULL, "--sites", "output") == 0
+    changed = {path.stem for path, own in before.items() if path.read_bytes() != own}
+    assert changed == {"gradient"}
+    assert list(read(house / "out" / "gradient.json")["maps"]) == ["gradient"]
+
+
+def test_the_adapted_model_can_be_scored_in_place_of_the_base(house: Path) -> None:
+    words = ["--scores", "gradient", "--sites", "output"]
+    assert run(house, *words, "--adapter", house / "adapter", "--apply_adapter", out="adapted") == 0
+    assert run(house, *words, out="bare") == 0
+    adapted, bare = (
+        as_tensor(read(house / out / "gradient.json")["maps"]["gradient"]["400"]["mean"])
+        for out in ("adapted", "bare")
+    )
+    assert (adapted - bare).abs().max() > 1e-3
+    assert "scale" not in read(house / "bare" / "heads.json")["heads"][0]
+
+
+# --- bad input -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scores", "entropy"], "scores=['entropy'] was given; use one or more of: gradient, pruning"),
+        (["--scores", "gradient", "gradient"], "scores=['gradient', 'gradient'] was given"),
+        (["--ablations", "noise"], "use one or more of: zero, mean"),
+        (["--sites", "key"], "use one or more of: output, query"),
+        (["--scores", "gradient", "--quadrants", "Q1=0.9"], "--quadrants goes by pruning: add it to --scores"),
+        (["--quadrants", "Q9=2"], "Write Q1=0.9,Q3=1.1"),
+        (["--channels_of", "L7H0"], "The model has no head 'L7H0'"),
+        (["--apply_adapter"], "--apply_adapter needs an --adapter"),
+        (["--adapter", "nowhere"], "'nowhere' is not an adapter"),
+        (["--generate_heads", "-1"], "Use 0 or more --generate_heads"),
+        (["--dtype", "int8"], "dtype"),
+    ],
+)
+def test_bad_settings_are_refused_before_a_model_is_loaded(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str], message: str
+) -> None:
+    save_model(tmp_path / "model", weights=False)
+    write_samples(tmp_path / "samples.jsonl", read_samples(house / "samples.jsonl"))
+    assert run(tmp_path, *words) in (1, 2)
+    assert message in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_that_a_score_has_no_meaning_for_are_refused_before_a_model_is_loaded(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model", weights=False)
+    (sample,) = read_samples(house / "samples.jsonl")[:1]
+    elsewhere = dataclasses.replace(sample, answers=["4711"], target="It is 4711.")
+    write_samples(tmp_path / "samples.jsonl", [elsewhere])
+    assert run(tmp_path) == 1
+    assert "has no needle" in error_of(capsys)
+    write_samples(tmp_path / "samples.jsonl", [dataclasses.replace(sample, target="I do not know.")])
+    assert run(tmp_path) == 1
+    assert "spells none of the accepted answers" in error_of(capsys)
+    write_samples(tmp_path / "samples.jsonl", [sample])
+    assert run(tmp_path, "--quadrants", "Q1=0.9") == 1
+    assert "--quadrants compare two lengths" in error_of(capsys)
+    (tmp_path / "samples.jsonl").write_text("")
+    assert run(tmp_path) == 1
+    assert "holds no samples" in error_of(capsys)
+
+
+def test_an_adapter_of_another_method_has_no_scales_to_show(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(house / "model"), LoraConfig(r=2))
+    lora.save_pretrained(tmp_path / "lora")
+    assert run(house, "--adapter", tmp_path / "lora", out="lora") == 1
+    assert "is no SEAL adapter" in error_of(capsys)
+
+
+def test_an_adapter_that_extends_the_window_extends_it_where_it_is_applied(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_model(tmp_path / "model", max_position_embeddings=450)
+    write_samples(tmp_path / "samples.jsonl", read_samples(house / "samples.jsonl"))
+    config = SealConfig(task_type="CAUSAL_LM", rope_parameters={"rope_type": "linear", "factor": 2.0})
+    save_adapter(get_peft_model(load_model(str(tmp_path / "model"), "float32"), config), tmp_path / "long")
+    words = ["--scores", "gradient", "--sites", "output", "--adapter", tmp_path / "long"]
+    assert run(tmp_path, *words) == 1
+    assert "the window of this model is 450 tokens" in error_of(capsys)
+    assert run(tmp_path, *words, "--apply_adapter") == 0
