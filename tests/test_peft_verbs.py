@@ -197,7 +197,8 @@ FULL_CONFIG = {
 def test_a_config_survives_files_pickling_and_copying(settings, tmp_path):
     config = SealConfig(**settings)
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SEAL"
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "SEAL" and saved["sites"] == config.to_dict()["sites"]
     for other in (
         SealConfig.from_pretrained(tmp_path),
         PeftConfig.from_pretrained(tmp_path),

@@ -191,6 +191,10 @@ class SealConfig(PeftConfig):
                 "granularity='head', or add the output site."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as `adapter_config.json` holds them."""
+        return {**super().to_dict(), "sites": list(self.sites)}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config, and name the import that loading needs in the model card beside it, if there is one.
 
