@@ -775,12 +775,12 @@ def test_a_copy_is_a_model_of_its_own(order, shared, copied):
 
 
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("shared", [None, False, True], ids=["without", "other-modules", "same-module"])
+@places
 @pytest.mark.parametrize("merged", [[], ["style"], ["heads"]], ids=str)
 def test_a_compiled_model_is_one_graph(shared, merged):
     torch.compiler.reset()
-    model = adapted("llama") if shared is None else build(shared=shared)
-    if merged and shared is not None:
+    model = build(shared=shared)
+    if merged:
         model.merge_adapter(adapter_names=merged)
     expected = logits(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
