@@ -1,6 +1,7 @@
 """SEAL as a PEFT method: learn how strongly each attention head counts. Importing registers it with PEFT."""
 
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from .tuner import (
     SealConfig,
@@ -17,6 +18,9 @@ from .tuner import (
     scales,
     set_strength,
 )
+
+if TYPE_CHECKING:
+    from .hub import push
 
 try:
     __version__ = version("seal-peft")
@@ -36,7 +40,16 @@ __all__ = [
     "hotswap_adapter",
     "import_ia3",
     "load_adapters",
+    "push",
     "save_adapter",
     "scales",
     "set_strength",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "push":  # it brings reports and tasks along, which training and loading adapters do not need
+        from .hub import push
+
+        return push
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

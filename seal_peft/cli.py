@@ -21,6 +21,7 @@ from .advise import AdviseArguments, advise
 from .demo import DemoArguments, demo
 from .evaluate import EvaluateArguments, evaluate
 from .heads.stage import HeadsArguments, heads
+from .hub import PushArguments, push_stage
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
 from .report import ReportArguments, guard_tables, markdown_table, overall_rows, report
@@ -91,6 +92,12 @@ STAGES = {
         (MergeArguments,),
         "fold an adapter into its base model, for serving without this package",
         "seal-peft merge --adapter_name_or_path runs/my/adapter --output_dir runs/my/merged",
+    ),
+    "push": Stage(
+        push_stage,
+        (PushArguments,),
+        "upload an adapter and its model card to the Hub",
+        "seal-peft push --adapter runs/my/adapter --metrics_file runs/my/eval/metrics.json --repo_id me/my-adapter",
     ),
     "advise": Stage(
         advise,

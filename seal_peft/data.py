@@ -77,7 +77,7 @@ def write_samples(path: str | os.PathLike[str], samples: Iterable[Sample]) -> No
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
-    """Read what `write_samples` wrote.
+    """Read what `write_samples` wrote, or conversations for training: rows with nothing but `messages`.
 
     Args:
         path: A JSONL file.
@@ -93,7 +93,11 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     with Path(path).open("rb") as file:
         for number, line in enumerate(file, start=1):
             try:
-                sample = Sample.from_row(json.loads(line))
+                row = json.loads(line)
+                if isinstance(row, dict) and row.keys() == {"messages"}:
+                    sample = Sample.from_conversation(row["messages"], id=f"line {number}")
+                else:
+                    sample = Sample.from_row(row)
             except ValueError as error:
                 not_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
                 problem = f"The row is not JSON ({error})." if not_json else error

@@ -57,7 +57,7 @@ def report(arguments: ReportArguments) -> Path:
     folder = Path(arguments.output_dir)
     parts = ["# Report"]
     if arguments.metrics_file is not None:
-        parts += _results(_read_metrics(Path(arguments.metrics_file)), folder)
+        parts += _results(read_metrics(Path(arguments.metrics_file)), folder)
     if arguments.adapter is not None:
         draw = partial(plot_scales, scales(arguments.adapter))
         parts += ["## Scales", *_picture(draw, folder / "scales.png", "Learned scales by layer and head")]
@@ -188,7 +188,12 @@ def markdown_table(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|" + " --- |" * len(rows[0]), *lines[1:]])
 
 
-def _read_metrics(path: Path) -> dict[str, Any]:
+def read_metrics(path: Path) -> dict[str, Any]:
+    """Read what `seal-peft evaluate` wrote.
+
+    Raises:
+        ValueError: The file is not JSON, or not that.
+    """
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
+from .card import write_card
 from .data import check_window, read_samples
 from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
@@ -99,6 +100,14 @@ class SealTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        if self.push_to_hub or self.hub_token is not None:
+            # The Trainer's upload has no card of ours, and a token on the command line ends up in files and histories.
+            raise ValueError(
+                "push_to_hub and hub_token are not used here. Log in with `hf auth login` or set HF_TOKEN, and run "
+                "`seal-peft push --adapter OUTPUT_DIR --repo_id OWNER/NAME` when the training is done."
+            )
+        # Without this, several processes on CPUs would each train alone (transformers 5.23).
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # transformers 5.23 renamed gradient_checkpointing and warns about the old name; older ones know only that.
         # Remove this, and the two fields above, when the oldest supported transformers is 5.23.
         renamed = Version(transformers.__version__) >= Version("5.23")
@@ -114,8 +123,8 @@ class SealTrainingArguments(TrainingArguments):
 def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) -> Path:
     """Train one SEAL adapter.
 
-    Writes the adapter folder (`adapter_config.json`, `adapter_model.safetensors`, `README.md`) and, last of all,
-    `run.json` with every setting, the loss curve, seconds, tokens and peak memory.
+    Writes the adapter folder (`adapter_config.json`, `adapter_model.safetensors`, the card `README.md`) and, last of
+    all, `run.json` with every setting, the loss curve, seconds, tokens and peak memory.
 
     A folder with an interrupted training goes on from its last checkpoint, and ends with the same weights; other
     settings than those it began with are refused. A folder with a finished training starts afresh.
@@ -182,12 +191,15 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         "arguments": asdict(arguments),
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "samples": len(rows),
+        "tasks": sorted({sample.task for sample in samples}),
+        "lengths": sorted({sample.length or len(row["input_ids"]) for sample, row in zip(samples, rows, strict=True)}),
         "tokens": round(sum(len(row["input_ids"]) for row in rows) * (trainer.state.epoch or 0)),
         # Of this call: an interrupted run's earlier steps are not in it.
         "seconds": time.monotonic() - started,
         "resumed_from": checkpoint,
         **_record(trainer),
     }
+    write_card(output_dir, record)
     write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir

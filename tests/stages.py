@@ -53,9 +53,9 @@ def seal(*words: object) -> int:
         return end.code
 
 
-def python(code: str, *words: object, **options) -> subprocess.CompletedProcess:
+def python(code: str, *words: object, environment: dict[str, str] | None = None, **options):
     """Run code in a fresh interpreter, which is as strict about warnings as this one is not."""
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
     command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
 

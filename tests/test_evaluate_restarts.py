@@ -128,7 +128,9 @@ def test_ten_kills_at_random_moments_change_no_number(house: Path, clean: Path, 
 def launch(house: Path, folder: Path, script: Path, *words: str) -> subprocess.CompletedProcess:
     script.write_text(f"{SMALL_GUARD}\nfrom seal_peft.cli import main\nraise SystemExit(main())\n")
     command = [
-        *(sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1"),
+        # Without GPUs this launcher starts processes on the CPU; `--cpu` starts a single one (accelerate 1.15).
+        *(sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"),
+        *("--num_machines", "1"),
         *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
         *(script, "evaluate", "--model_name_or_path", house / "model", "--adapters", house / "seal"),
         *("--test_file", house / "test.jsonl", "--output_dir", folder, "--dtype", "float32", "--max_new_tokens", "6"),

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import seal_peft
+from stages import python
 
 ROOT = Path(seal_peft.__file__).parent
 MAX_LINES = 320
@@ -89,7 +90,7 @@ def test_stages_hand_each_other_files_not_objects(stage):
         assert not {room(name) for name in ours(module)} & others, module
 
 
-@pytest.mark.parametrize("reader", ["report", "plots", "hub"])
+@pytest.mark.parametrize("reader", ["report", "plots", "card", "hub"])
 def test_readers_of_results_need_no_model(reader):
     forbidden = {"train", "evaluate", "heads", "data", "cli", "demo", "merge"}
     for module in modules_of(reader):
@@ -100,8 +101,12 @@ def test_nothing_but_the_entry_point_imports_the_command_line():
     assert {module for module in FILES if "seal_peft.cli" in imports(module)} <= {"seal_peft.__main__"}
 
 
-def test_the_front_door_opens_only_the_method():
-    assert {room(name) for name in imports("seal_peft") if name.startswith("seal_peft")} == {"tuner"}
+def test_the_front_door_opens_only_the_method_until_push_is_asked_for():
+    assert {room(name) for name in imports("seal_peft") if name.startswith("seal_peft")} == {"tuner", "hub"}
+    code = "import sys, seal_peft; print(*sys.modules); seal_peft.push; print('seal_peft.hub' in sys.modules)"
+    loaded, hub = python(code).stdout.splitlines()
+    assert {room(name) for name in loaded.split() if name.startswith("seal_peft")} == {"", "tuner", "context"}
+    assert hub == "True"
 
 
 def test_no_two_rooms_import_each_other():

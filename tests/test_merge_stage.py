@@ -36,10 +36,11 @@ def test_plain_transformers_loads_the_merged_model_with_the_logits_of_the_adapte
     merged = merge(MergeArguments(str(house / "adapter"), str(tmp_path / "new" / "merged")))
     code = """
 import sys, torch
+sys.modules["seal_peft"] = sys.modules["peft"] = None  # as if neither were installed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 AutoTokenizer.from_pretrained(sys.argv[1])
-assert "seal_peft" not in sys.modules and "peft" not in sys.modules
+assert sys.modules["seal_peft"] is None and sys.modules["peft"] is None
 torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
 """
     torch.save(models.INPUT_IDS, tmp_path / "ids.pt")

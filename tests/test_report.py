@@ -190,8 +190,19 @@ def test_an_untrained_adapter_has_a_picture_too(tmp_path: Path) -> None:
 
 
 def test_layers_with_fewer_heads_are_filled_up_as_unchanged(tmp_path: Path) -> None:
-    plot_scales({"a": torch.tensor([0.5, 2.0, 1.5]), "b": torch.tensor([3.0])}, tmp_path / "map.png")
+    scales = {"0.o_proj": torch.tensor([0.5, 2.0, 1.5]), "1.o_proj": torch.tensor([3.0])}
+    plot_scales(scales, tmp_path / "map.png")
     assert json.loads((tmp_path / "map.json").read_text())["maps"]["scale"] == [[0.5, 2.0, 1.5], [3.0, 1.0, 1.0]]
+
+
+def test_every_site_has_a_map_of_its_own(tmp_path: Path) -> None:
+    scales = {"0.o_proj": torch.full((2, 3), 2.0), "0.q_proj": torch.tensor([0.5, 1.5])}
+    plot_scales(scales, tmp_path / "map.png")
+    assert json.loads((tmp_path / "map.json").read_text())["maps"] == {
+        "scale, mean over channels": [[2.0, 2.0]],
+        "spread of channels around 1": [[1.0, 1.0]],
+        "scale of the query": [[0.5, 1.5]],
+    }
 
 
 def test_several_tasks_have_their_mean_at_the_lengths_of_all(tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """Training: what it writes, that it learns scales and only scales, and that no interrupt changes the outcome."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +135,30 @@ def test_activation_checkpointing_changes_memory_not_scales(house: Path, uninter
     ours = weights(train_in(tmp_path, house, activation_checkpointing=True))
     for name, delta in weights(uninterrupted).items():
         torch.testing.assert_close(ours[name], delta, rtol=1e-5, atol=1e-6)
+
+
+def test_two_processes_learn_what_one_learns_from_twice_the_batch(house: Path, tmp_path: Path) -> None:
+    words = [
+        "train",
+        "--model_name_or_path",
+        house / "model",
+        "--train_file",
+        house / "train.jsonl",
+        "--dtype",
+        "float32",
+    ]
+    words += ["--recipe", "paper", "--max_steps", "3", "--save_steps", "9", "--disable_tqdm", "true", "--output_dir"]
+    # Without GPUs this launcher starts processes on the CPU; `--cpu` starts a single one (accelerate 1.15).
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [*launch, "-m", "seal_peft", *words, tmp_path / "two"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert seal(*words, tmp_path / "one", "--per_device_train_batch_size", 2) == 0
+    for name, weight in weights(tmp_path / "one").items():
+        torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-4, atol=1e-6)
+    assert run_of(tmp_path / "two")["steps"] == 3
 
 
 # --- interrupts ----------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from . import associative, examples, guard, json_kv, lines, metrics, needle, passkey, qa, ruler, uuid_chain
-from .sample import SPLITS, MakeSample, Sample
+from .sample import CONVERSATION, SPLITS, MakeSample, Sample
 
 __all__ = ["SPLITS", "TASKS", "MakeSample", "Sample", "Task", "examples", "get_task"]
 
@@ -150,6 +150,11 @@ def get_task(name: str) -> Task:
     Raises:
         ValueError: If no task has this name.
     """
+    if name == CONVERSATION:
+        raise ValueError(
+            "Rows with nothing but `messages` are for training. To be scored, a row names a task and its answers: see "
+            "'Your own files' in docs/tasks.md."
+        )
     if name not in TASKS:
         raise ValueError(f"There is no task {name!r}. Known tasks: {', '.join(sorted(TASKS))}.")
     return TASKS[name]

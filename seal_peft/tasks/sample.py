@@ -7,6 +7,8 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any, Protocol
 
 SPLITS = ("train", "test")
+# The task of rows that are for training alone.
+CONVERSATION = "conversation"
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,33 @@ class Sample:
                 f"Field 'answer_prefix' must be how 'target' begins, but {row['answer_prefix']!r:.80} is not."
             )
         return cls(**row)
+
+    @classmethod
+    def from_conversation(cls, messages: Any, id: str) -> Sample:
+        """Build a sample from turns alone, the last one the answer. It is for training: no task says how to score it.
+
+        Args:
+            messages: Turns (`role`, `content`); the last is the assistant's.
+            id: Unique name of the sample.
+
+        Raises:
+            ValueError: If the turns are not such a conversation.
+        """
+        last = messages[-1] if isinstance(messages, list | tuple) and messages else None
+        if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
+            raise ValueError('Field \'messages\': the last turn must be the answer, {"role": "assistant", ...}.')
+        return cls.from_row(
+            {
+                "id": id,
+                "task": CONVERSATION,
+                "length": 0,
+                "depth": None,
+                "messages": list(messages[:-1]),
+                "target": last["content"],
+                "answers": [last["content"]],
+                "seed": 0,
+            }
+        )
 
 
 def _is_integer(value: Any) -> bool:

@@ -1,0 +1,229 @@
+"""The model card of an adapter folder, written from the files in it: what was trained, on what, and what came out."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not an explicit export
+from peft.utils import CONFIG_NAME
+
+from .assets import SMOLLM2_HUB_ID, smollm2_package
+from .files import replacing
+from .report import guard_tables, length_rows, markdown_table, overall_rows
+from .tuner import scales
+
+CARD_NAME = "README.md"
+MARKER = "<!-- Written by seal_peft, which replaces it. To keep changes of your own, remove this line. -->"
+_PEFTS_OWN = "# Model Card for Model ID"  # the title of PEFT's empty form
+_TEMPLATE = Path(__file__).with_name("card.md")
+_BASE = "base"
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the files of the adapter folder do not say.
+
+    Attributes:
+        repo_id: Where the card is to stand on the Hub; `None` for a card that stays in the folder.
+        base_model: Hub id of the base model; `None` takes it from the adapter's config.
+        license: License of the adapter, as the Hub writes it (`apache-2.0`).
+        datasets: Hub ids of the training data.
+        metrics: What `seal-peft evaluate` wrote, cut to the base model and this adapter.
+        picture: Name of a picture of the scales beside the card.
+    """
+
+    repo_id: str | None = None
+    base_model: str | None = None
+    license: str | None = None
+    datasets: list[str] = field(default_factory=list)
+    metrics: dict[str, Any] | None = None
+    picture: str | None = None
+
+
+def write_card(folder: str | os.PathLike[str], run: dict[str, Any], facts: CardFacts | None = None) -> None:
+    """Write the card of an adapter that stays in its folder for now.
+
+    Args:
+        folder: Adapter folder.
+        run: What `run.json` holds or is about to hold; empty if there is none.
+        facts: What the files do not say.
+    """
+    text = render_card(folder, run, facts or CardFacts())
+    with replacing(Path(folder) / CARD_NAME) as file:
+        file.write(text)
+
+
+def render_card(folder: str | os.PathLike[str], run: dict[str, Any], facts: CardFacts) -> str:
+    """Render the card of an adapter.
+
+    A card that its author has written or taken over (it has no `MARKER`) keeps its text; only its metadata is brought
+    up to date, because that is how the Hub finds the adapter.
+
+    Args:
+        folder: Adapter folder.
+        run: What `run.json` holds; empty if there is none.
+        facts: What the files do not say.
+
+    Returns:
+        Markdown with a YAML head.
+    """
+    folder = Path(folder)
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    data = _metadata(folder, config, facts)
+    own = _authors_card(folder / CARD_NAME)
+    if own is None:
+        card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_words(folder, config, run, facts))
+        return f"{card}\n"
+    old, new = own.data.to_dict(), data.to_dict()
+    tags = [tag for tag in old.get("tags", []) if not tag.startswith("base_model:")]  # PEFT's may name a local path
+    own.data = ModelCardData(**old | new | {"tags": list(dict.fromkeys([*new["tags"], *tags]))})
+    if own.data.base_model and public_id(str(own.data.base_model)) is None:
+        own.data.base_model = None
+    return f"{own}\n"
+
+
+def public_id(model: str) -> str | None:
+    """Return the Hub id of a model, whichever way it was named here; `None` for a folder that the Hub does not know.
+
+    A folder is known if it is the converted SmolLM2 of this package or a snapshot in the Hub's own cache.
+    """
+    if smollm2_package(model):
+        return SMOLLM2_HUB_ID
+    if snapshot := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", model):
+        return snapshot[1].replace("--", "/", 1)
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return None
+    return None if Path(model).exists() else model
+
+
+def _authors_card(path: Path) -> ModelCard | None:
+    if not path.is_file():
+        return None
+    text = path.read_text(encoding="utf-8")
+    return None if MARKER in text or _PEFTS_OWN in text else ModelCard(text)
+
+
+def _metadata(folder: Path, config: dict[str, Any], facts: CardFacts) -> ModelCardData:
+    name = _name(folder, facts)
+    return ModelCardData(
+        library_name="peft",
+        base_model=facts.base_model or public_id(config.get("base_model_name_or_path") or ""),
+        base_model_relation="adapter",
+        pipeline_tag="text-generation" if config.get("task_type") == "CAUSAL_LM" else None,
+        tags=["peft", "seal", "long-context", "transformers"],
+        license=facts.license,
+        datasets=facts.datasets or None,
+        model_name=name if facts.metrics else None,
+        eval_results=_eval_results(facts.metrics) if facts.metrics else None,
+    )
+
+
+def _name(folder: Path, facts: CardFacts) -> str:
+    return facts.repo_id.rpartition("/")[2] if facts.repo_id else folder.resolve().name
+
+
+def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
+    """Build the adapter's score for every task and length, as the Hub's model index wants it."""
+    return [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=f"seal_peft/{cell['task']}",
+            dataset_name=f"{cell['task']}, {cell['length']} tokens, {cell['n']} samples",
+            dataset_split="test",
+            metric_type="accuracy",
+            metric_name="mean score",
+            metric_value=round(cell["accuracy"], 4),
+        )
+        for cell in metrics["cells"]
+        if cell["depth"] is None and cell["system"] != _BASE
+    ]
+
+
+def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: CardFacts) -> dict[str, Any]:
+    """Fill the blanks of the template."""
+    learned = scales(folder).values() if config.get("sites", ["output"]) else []
+    counts = {
+        per: sum(scale.numel() for scale in learned if scale.dim() == dim)
+        for dim, per in ((1, "head"), (2, "channel of every head"))
+    }
+    numbers = " and ".join(f"{count:,}, one per {per}" for per, count in counts.items() if count) or "none"
+    named = config.get("base_model_name_or_path") or ""
+    base = facts.base_model or public_id(named)
+    package = smollm2_package(named)
+    return {
+        "marker": MARKER,
+        "name": _name(folder, facts),
+        "address": facts.repo_id or "path/of/this/folder",
+        "base": f"`{base}`" if base else f"a local model, `{Path(named).name or 'not named'}`",
+        "base_is_local": base is None,
+        "base_note": package
+        and f"The weights at training were those of the 4-bit GGUF file in the Python package {package}, unpacked: "
+        "close to the ones on the Hub, not equal.",
+        "numbers": numbers,
+        "trained": markdown_table(_trained_rows(config, run, numbers)),
+        "has_run": bool(run),
+        "extended": config.get("rope_parameters") or config.get("self_extend"),
+        "picture": facts.picture,
+        "versions": _versions(run, config),
+        **(_result_words(facts.metrics) if facts.metrics else {}),
+    }
+
+
+def _trained_rows(config: dict[str, Any], run: dict[str, Any], numbers: str) -> list[list[str]]:
+    sites, pairs = config.get("sites", ["output"]), config.get("heads") or []
+    heads = sorted({f"{number} heads of {size} channels" for number, size in pairs})
+    granularity = {"head": "head (SEAL-H)", "channel": "channel (SEAL-C)"}[config["granularity"]]
+    rope, self_extend, chosen = (config.get(key) for key in ("rope_parameters", "self_extend", "target_heads"))
+    rows = [
+        ["", ""],
+        ["scales", numbers],
+        ["granularity", granularity],
+        ["sites", ", ".join(sites) or "none: it brings a context extension alone"],
+        ["heads", f"{'; '.join(heads)}, in {len(pairs) // max(1, len(sites))} layers"],
+        ["RoPE", f"`{json.dumps(rope)}`" if rope else "the base model's own"],
+    ]
+    if self_extend:
+        rows.append(["Self-Extend", f"`{json.dumps(self_extend)}`"])
+    if chosen:
+        rows.append(["chosen heads", ", ".join(chosen)])
+    if run:
+        settings = run["training_arguments"]
+        rows += [
+            ["samples", f"{run['samples']}; tasks {_listed(run.get('tasks'))}; {run['tokens']:,} tokens in all"],
+            ["lengths", f"{_listed(run.get('lengths'))} tokens"],
+            ["learning rate", f"{settings['learning_rate']:g}, {settings['lr_scheduler_type']}"],
+            ["steps", str(run["steps"])],
+            ["seed", str(settings["seed"])],
+            ["time", f"{run['seconds']:.0f} s on {run['device']}"],
+        ]
+    return rows
+
+
+def _listed(values: list[Any] | None) -> str:
+    return ", ".join(map(str, values)) if values else "not recorded"
+
+
+def _result_words(metrics: dict[str, Any]) -> dict[str, Any]:
+    own = [task for task, wording in metrics.get("wording", {}).items() if "own" in wording]
+    return {
+        "results": markdown_table(overall_rows(metrics)),
+        "results_by_length": markdown_table(length_rows(metrics)),
+        "guard": "\n\n".join(f"{title}\n\n{markdown_table(rows)}" for title, rows in guard_tables(metrics).items()),
+        "own_wording": ", ".join(own),
+        "evaluated_on": f"{metrics['device']}, {metrics['date']}",
+    }
+
+
+def _versions(run: dict[str, Any], config: dict[str, Any]) -> str:
+    known = run.get("versions") or {"peft": config.get("peft_version")}
+    commit = f"; commit {run['commit']} of seal_peft" if run.get("commit") else ""
+    return ", ".join(f"{name} {number}" for name, number in known.items() if number) + commit + "."

@@ -1,0 +1,110 @@
+"""The package as others get it: built, installed into an empty environment, and started there."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import tomllib
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PARTS = ["seal_peft", "pyproject.toml", "README.md", "LICENSE"]
+
+
+def call(*command: object, cwd: Path) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTHONWARNINGS"] = "ignore"
+    return subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=cwd, env=environment, check=False
+    )
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Call the build backend as pip does, without an environment of its own: there is no network here."""
+    code = f"import sys; from setuptools import build_meta; print(build_meta.build_{kind}(sys.argv[1]))"
+    ended = call(sys.executable, "-c", code, target, cwd=source)
+    assert ended.returncode == 0, ended.stderr
+    return target / ended.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built from an unpacked sdist, as package indexes do it."""
+    pytest.importorskip("setuptools", minversion="77.0.3")
+    folder = tmp_path_factory.mktemp("build")
+    source = folder / "source"
+    for part in PARTS:
+        copy = shutil.copytree if (ROOT / part).is_dir() else shutil.copy
+        source.mkdir(exist_ok=True)
+        copy(ROOT / part, source / part)
+    sdist = build("sdist", source, folder)
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder / "unpacked", filter="data")
+    return build("wheel", next((folder / "unpacked").iterdir()), folder)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment that holds the wheel and, of other packages, sees those of this one."""
+    folder = tmp_path_factory.mktemp("environment") / "venv"
+    venv.create(folder, symlinks=True)
+    packages = next(folder.glob("lib/python*/site-packages"))
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    # A plain path, not `addsitedir`: the development install of this environment must not be found.
+    (packages / "dependencies.pth").write_text(f"{sysconfig.get_path('purelib')}\n")
+    return folder / "bin" / "python"
+
+
+def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name.split("/")[0] for name in names} == {"seal_peft", "seal_peft-0.1.0.dist-info"}
+    inside = {name for name in names if name.startswith("seal_peft/")}
+    expected = {str(path.relative_to(ROOT)) for path in (ROOT / "seal_peft").rglob("*.py")}
+    assert inside == expected | {"seal_peft/card.md", "seal_peft/py.typed"}
+    assert wheel.stat().st_size < 300_000
+
+
+def test_the_command_it_installs_is_the_command_line(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (entry,) = (name for name in archive.namelist() if name.endswith("entry_points.txt"))
+    assert "seal-peft = seal_peft.cli:main" in archive.read(entry).decode()
+    (metadata,) = (name for name in archive.namelist() if name.endswith("METADATA"))
+    listed = archive.read(metadata).decode()
+    for needed in tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]:
+        assert f"Requires-Dist: {needed}" in listed
+
+
+def test_it_runs_where_it_is_installed(installed: Path, tmp_path: Path) -> None:
+    code = """
+import seal_peft
+from peft import get_peft_model
+from seal_peft.card import CardFacts, render_card
+from seal_peft.cli import main
+from transformers import LlamaConfig, LlamaForCausalLM
+print(seal_peft.__version__, seal_peft.__file__)
+try:
+    main(["--help"])
+except SystemExit as end:
+    print("code", end.code)
+sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=8)
+get_peft_model(LlamaForCausalLM(LlamaConfig(**sizes)), seal_peft.SealConfig()).save_pretrained("adapter")
+print(seal_peft.scales("adapter"))
+print(render_card("adapter", {}, CardFacts()))
+"""
+    ended = call(installed, "-c", code, cwd=tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    first, usage = ended.stdout.splitlines()[:2]
+    version, path = first.split()
+    assert version == "0.1.0"
+    assert Path(path).is_relative_to(installed.parents[1])
+    assert usage == "usage: seal-peft demo --output_dir runs/demo"
+    assert "code 0" in ended.stdout
+    assert "o_proj': tensor([1., 1.])" in ended.stdout
+    assert "SEAL is not part of PEFT: import `seal_peft` first" in ended.stdout  # the template came along
