@@ -5,6 +5,7 @@ directory, where transformers looks first.
 """
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import transformers as tf
@@ -107,7 +108,8 @@ def add_seal(checkout: Path) -> None:
                 raise ValueError(f"{file} has nothing like {pattern!r}: mend tests/peft_suite.py.")
         file.write_text(text, encoding="utf-8")
     for name, text in _UNUSED.items():
-        (checkout / "src" / f"{name}.py").write_text(text, encoding="utf-8")
+        if find_spec(name) is None:
+            (checkout / "src" / f"{name}.py").write_text(text, encoding="utf-8")
     for folder, name in _MODELS.items():
         base_model(name).save_pretrained(checkout / folder)
     LoraConfig(target_modules=["q_proj"]).save_pretrained(checkout / _LORA_FOLDER)
