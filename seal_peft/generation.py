@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 
@@ -64,13 +66,28 @@ def generate_answers(
     width = max(len(prompt) for prompt in prompts)
     ids = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    with torch.inference_mode():
+    with torch.inference_mode(), _plain_settings(model):
         output = model.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
             generation_config=settings,
         )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+
+
+@contextmanager
+def _plain_settings(model: Any) -> Iterator[None]:
+    """Within it a model has none of the settings that it was published with.
+
+    transformers fills what a call leaves open from them: a repetition penalty would hit the very keys that an answer
+    has to copy, and beams are not greedy.
+    """
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    own, inner.generation_config = inner.generation_config, GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int] | None:

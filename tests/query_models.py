@@ -15,6 +15,7 @@ from transformers.masking_utils import eager_mask
 from transformers.pytorch_utils import Conv1D
 
 from models import ARCHITECTURES, HEAD_DIM, HEADS, HIDDEN, LAYERS, base_model, causal
+from versions import QWEN3_NEXT_RUNS_WITHOUT_LINEAR_ATTENTION
 
 _MORE: dict[str, Callable[[], nn.Module]] = {
     "apertus": lambda: causal(tf.ApertusConfig, head_dim=HEAD_DIM),
@@ -52,12 +53,15 @@ _MORE: dict[str, Callable[[], nn.Module]] = {
     ),
     "stablelm-norm": lambda: causal(tf.StableLmConfig, qk_layernorm=True),
 }
+if not QWEN3_NEXT_RUNS_WITHOUT_LINEAR_ATTENTION:
+    del _MORE["qwen3_next"]
 # Query scales become part of `q_proj` or of a norm over all heads here, but not of a norm that all heads share.
 SHARED_NORM = ["qwen3", "qwen3_moe", "gemma3_text", "gemma3", "gemma4_text", "gemma4", "apertus", "exaone4"]
 SHARED_NORM += ["hunyuan_v1_dense", "lfm2", "persimmon", "phi-norm", "qwen3_next", "stablelm-norm"]
 # Their attention does not go through transformers' interface: queries are multiplied in the weights instead.
 OWN_ATTENTION = ["falcon", "falcon-new-decoder", "bloom", "codegen", "gptj", "mpt"]
 NAMES = [*ARCHITECTURES, *_MORE]
+SHARED_NORM = [name for name in SHARED_NORM if name in NAMES]
 MERGEABLE = [name for name in NAMES if name not in SHARED_NORM]
 
 

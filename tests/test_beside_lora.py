@@ -775,15 +775,28 @@ def test_a_copy_is_a_model_of_its_own(order, shared, copied):
 
 
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-@pytest.mark.parametrize("shared", [None, False, True], ids=["without", "other-modules", "same-module"])
+@places
 @pytest.mark.parametrize("merged", [[], ["style"], ["heads"]], ids=str)
 def test_a_compiled_model_is_one_graph(shared, merged):
     torch.compiler.reset()
-    model = adapted("llama") if shared is None else build(shared=shared)
-    if merged and shared is not None:
+    model = build(shared=shared)
+    if merged:
         model.merge_adapter(adapter_names=merged)
     expected = logits(model)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
     assert_close(logits(compiled), expected, rtol=0, atol=1e-5)
     model.train()
     compiled(input_ids=INPUT_IDS).logits.square().mean().backward()
+
+
+@pytest.mark.parametrize("order", [add_seal_to_lora, add_lora_to_seal])
+@places
+def test_rows_have_adapters_of_their_own_only_while_no_lora_acts_on_all_of_them(order, shared):
+    model = build(order, shared=shared)
+    with pytest.raises(ValueError, match=r"act on every row: \['style'\].*activate"):
+        model(input_ids=INPUT_IDS, adapter_names=["heads", "__base__"])
+    seal_peft.activate(model, [])
+    with torch.no_grad():
+        rows = model(input_ids=INPUT_IDS, adapter_names=["heads", "__base__"]).logits
+    assert_close(rows[0], logits(by_hand(model, active=["heads"]))[0], rtol=0, atol=2e-5)
+    assert_close(rows[1], logits(base_model("llama"))[1], rtol=0, atol=2e-5)

@@ -427,9 +427,17 @@ def test_logits_are_built_only_from_the_first_answer_on(tiny_llama: LlamaForCaus
         logits = tiny_llama(**batch).logits
         assert isinstance(batch["logits_to_keep"], int)
         assert batch["logits_to_keep"] == logits.shape[1] == len(row["labels"]) - first + 1
-        assert batch["labels"] is batch["shift_labels"]
-        assert batch["shift_labels"][0, 0] == row["labels"][first]
+        assert batch["labels"].tolist() == [row["labels"][first - 1 :]]
+        assert batch["shift_labels"].tolist() == [[*row["labels"][first:], IGNORED]]
         assert set(batch) == {"input_ids", "labels", "shift_labels", "logits_to_keep"}
+
+
+def test_a_model_that_shifts_labels_itself_has_the_same_loss(tiny_llama: LlamaForCausalLM, rows: list) -> None:
+    for batch_rows in ([rows[0]], rows):
+        batch = AnswerCollator()(batch_rows)
+        output = tiny_llama(**batch)
+        by_itself = torch.nn.functional.cross_entropy(output.logits[:, :-1].mT, batch["labels"][:, 1:])
+        torch.testing.assert_close(by_itself, output.loss)
 
 
 @pytest.mark.parametrize("index", range(4))
@@ -489,7 +497,9 @@ def test_a_row_without_labels_is_refused() -> None:
         AnswerCollator()([{"input_ids": [1, 2], "labels": [IGNORED, IGNORED]}])
 
 
-def train(rows: list, collator: Callable | None, folder: Path) -> tuple[list[float], dict[str, Tensor]]:
+def train(
+    rows: list, collator: Callable | None, folder: Path, **settings: float
+) -> tuple[list[float], dict[str, Tensor]]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(llama_config()).float()
     arguments = TrainingArguments(
@@ -505,6 +515,7 @@ def train(rows: list, collator: Callable | None, folder: Path) -> tuple[list[flo
         use_cpu=True,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **settings,
     )
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
     trainer.train()
@@ -512,9 +523,10 @@ def train(rows: list, collator: Callable | None, folder: Path) -> tuple[list[flo
     return losses, {name: weight for name, weight in model.state_dict().items() if "o_proj" in name}
 
 
-def test_a_plain_trainer_with_ordinary_labels_learns_the_same(rows: list, tmp_path: Path) -> None:
-    losses, weights = train(rows, AnswerCollator(), tmp_path)
-    plain_losses, plain_weights = train(rows, None, tmp_path)
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_a_plain_trainer_with_ordinary_labels_learns_the_same(rows: list, tmp_path: Path, smoothing: float) -> None:
+    losses, weights = train(rows, AnswerCollator(), tmp_path, label_smoothing_factor=smoothing)
+    plain_losses, plain_weights = train(rows, None, tmp_path, label_smoothing_factor=smoothing)
     assert losses == pytest.approx(plain_losses, rel=1e-5)
     for name in weights:
         torch.testing.assert_close(weights[name], plain_weights[name], rtol=1e-5, atol=1e-7)

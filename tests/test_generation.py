@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import get_peft_model
 
 import models
 import tokenizers_for_tests as tokenizers_
+from seal_peft import SealConfig
 from seal_peft.generation import generate_answers, make_batches
 from seal_peft.systems import read_questions
 from stages import some_samples
@@ -50,6 +52,27 @@ def test_an_answer_ends_at_the_first_of_the_given_tokens() -> None:
     assert len(set(tokens)) > 2
     (answer,) = generate_answers(model, tokenizer, [prompt], 6, ends=[tokens[2]])
     assert answer == tokenizer.decode(tokens[: tokens.index(tokens[2]) + 1])
+
+
+@pytest.mark.parametrize(
+    "published", [{"repetition_penalty": 3.0, "no_repeat_ngram_size": 1}, {"num_beams": 3}, {"min_new_tokens": 6}]
+)
+@pytest.mark.parametrize("adapter", [False, True])
+def test_answers_are_greedy_whatever_settings_a_model_was_published_with(published: dict, adapter: bool) -> None:
+    tokenizer = tokenizers_.bpe(tokenizers_.CHATML)
+    model = models.llama(vocab_size=len(tokenizer))
+    if adapter:
+        model = get_peft_model(model, SealConfig(task_type="CAUSAL_LM", init_weights=False)).eval()
+    ids = tokenizer("line 17: REGISTER_CONTENT is <4")["input_ids"]
+    prompt = list(ids)
+    with torch.no_grad():
+        for _ in range(6):
+            ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+    expected = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
+    model.generation_config.update(**published)
+    kept = model.generation_config.to_dict()
+    assert generate_answers(model, tokenizer, [prompt], 6) == [expected]
+    assert model.generation_config.to_dict() == kept
 
 
 @pytest.mark.parametrize(

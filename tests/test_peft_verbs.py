@@ -197,7 +197,8 @@ FULL_CONFIG = {
 def test_a_config_survives_files_pickling_and_copying(settings, tmp_path):
     config = SealConfig(**settings)
     config.save_pretrained(tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["peft_type"] == "SEAL"
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "SEAL" and saved["sites"] == config.to_dict()["sites"]
     for other in (
         SealConfig.from_pretrained(tmp_path),
         PeftConfig.from_pretrained(tmp_path),
@@ -519,15 +520,14 @@ traced_by_dynamo = pytest.mark.filterwarnings("ignore:.*Function'> should not be
 
 
 @traced_by_dynamo
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @both_granularities
-def test_a_compiled_model_is_one_graph_with_the_same_results(backend, granularity):
+def test_a_compiled_model_is_one_graph_with_the_same_results(granularity):
     torch.compiler.reset()
     model = adapted("llama", granularity)
     loss_of(model).backward()
     expected = [offset.grad.clone() for offset in offsets(model)]
     model.zero_grad()
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_close(logits(compiled), logits(model), rtol=0, atol=1e-5)
     loss_of(compiled).backward()
     for offset, gradient in zip(offsets(model), expected, strict=True):

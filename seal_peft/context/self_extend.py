@@ -61,6 +61,9 @@ def read_self_extend(model: nn.Module) -> dict[str, int] | None:
     """Return the settings that are in force on a model, `None` if none are.
 
     A saved `config.json` may hold the settings, too; they are in force only after `apply_self_extend`.
+
+    Args:
+        model: A transformers model.
     """
     config = text_config(model)
     return dict(config.self_extend) if config is not None and config._attn_implementation == NAME else None

@@ -59,7 +59,12 @@ def parse_factors(text: str) -> dict[int, float]:
 
 
 def quadrant_scales(found: Tensor, factors: Mapping[int, float]) -> Tensor:
-    """Return a scale per head `(layers, heads)`: the factor of its quadrant, 1 elsewhere."""
+    """Return a scale per head `(layers, heads)`: the factor of its quadrant, 1 elsewhere.
+
+    Args:
+        found: The quadrant of each head, `(layers, heads)`, as `quadrants` gives it.
+        factors: Number of a quadrant -> factor of its heads.
+    """
     scales = torch.ones(found.shape)
     for number, factor in factors.items():
         scales[found == number] = factor

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from peft import PeftConfig
+from peft.config import PeftConfig
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 
@@ -32,6 +32,11 @@ def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") 
 
     Raises:
         ValueError: The model has no such adapter, it is merged, or `alpha` is not finite.
+
+    Example:
+        ```python
+        seal_peft.set_strength(model, 0.5)  # half way between the base model and the adapter
+        ```
     """
     if not math.isfinite(alpha):
         raise ValueError(
@@ -54,6 +59,11 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
     Raises:
         ValueError: The files do not fit: another method or granularity, layers that the model's adapter lacks,
             other `rope_parameters` or `self_extend`, or values that are not finite; or the adapter is merged.
+
+    Example:
+        ```python
+        seal_peft.hotswap_adapter(model, "runs/demo/adapter")
+        ```
     """
     layers = layers_with(model, adapter_name)
     _unmerged_layers(model, adapter_name)

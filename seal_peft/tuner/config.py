@@ -70,6 +70,12 @@ class SealConfig(PeftConfig):
 
     Raises:
         ValueError: A field has a value that is not allowed.
+
+    Example:
+        ```python
+        config = seal_peft.SealConfig(granularity="channel", layers_to_transform=[0, 1], task_type="CAUSAL_LM")
+        model = get_peft_model(base_model, config)
+        ```
     """
 
     granularity: Granularity = field(
@@ -185,6 +191,10 @@ class SealConfig(PeftConfig):
                 "granularity='head', or add the output site."
             )
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as `adapter_config.json` holds them."""
+        return {**super().to_dict(), "sites": list(self.sites)}
+
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config, and name the import that loading needs in the model card beside it, if there is one.
 
@@ -221,6 +231,8 @@ class SealConfig(PeftConfig):
         weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         check_weights_file(weights)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        if not isinstance(config, SealConfig):  # PEFT reads a folder of any method with any method's class
+            return config
         if os.path.isfile(weights):
             with safe_open(weights, framework="pt") as file:
                 keys = [key for key in file.keys() if key.endswith(".seal_delta.weight")]  # noqa: SIM118 (not a dict)

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import IA3Config, PeftConfig
+from peft.config import PeftConfig
+from peft.tuners.ia3 import IA3Config
 from peft.utils import get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
@@ -44,6 +45,12 @@ def export_ia3(
     Raises:
         ValueError: There is no such SEAL adapter, a folder alone does not tell where its scales lie, query scales are
             on a norm, or the adapter brings RoPE parameters: IA3 knows neither.
+
+    Example:
+        ```python
+        folder = seal_peft.export_ia3("runs/demo/adapter", "runs/demo/ia3")
+        model = PeftModel.from_pretrained(base_model, folder)  # in any process, without this package
+        ```
     """
     queries: dict[str, SealLayer] = {}
     if isinstance(model, nn.Module):
@@ -106,6 +113,12 @@ def import_ia3(
     Raises:
         ValueError: The adapter is no IA3 adapter, scales outputs or other modules, or its factors are not constant
             within a head although `granularity="head"`.
+
+    Example:
+        ```python
+        seal_peft.export_ia3("runs/demo/adapter", "runs/demo/ia3")
+        seal_peft.import_ia3("runs/demo/ia3", "runs/demo/again", base_model=base_model)
+        ```
     """
     source, config = str(folder), PeftConfig.from_pretrained(str(folder))
     if not isinstance(config, IA3Config):

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft import PeftConfig, PeftModel, get_peft_model, inject_adapter_in_model
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.config import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.tuners.tuners_utils import delete_adapter as delete_from_layers
 from peft.tuners.tuners_utils import set_adapter as set_on_layers
@@ -23,6 +23,8 @@ from torch import nn
 from .config import SealConfig
 
 if TYPE_CHECKING:
+    from peft.peft_model import PeftModel
+
     from .model import SealModel
 
 # What PEFT says when a second method comes to a model; here that is what was asked for.
@@ -56,6 +58,8 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
         model = seal_peft.add_beside(model, seal_peft.SealConfig(), "heads")
         ```
     """
+    from peft.mapping_func import get_peft_model  # PEFT imports its tuners first
+
     if adapter_name in model.peft_config:
         raise ValueError(f"The model has an adapter named {adapter_name!r} already. Give the new one another name.")
     old, new = (str(PeftType(kind).value) for kind in (model.peft_type, config.peft_type))
@@ -103,6 +107,8 @@ def load_adapters(
         model = seal_peft.load_adapters(base_model, {"style": "runs/style", "heads": "runs/heads"})
         ```
     """
+    from peft.peft_model import PeftModel
+
     folders = folders if isinstance(folders, Mapping) else _folders_in(folders)
     paths = {name: str(path) for name, path in folders.items()}
     configs = {name: PeftConfig.from_pretrained(path) for name, path in paths.items()}
@@ -132,7 +138,14 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
 
     Raises:
         ValueError: The model has no adapter of one of the names.
+
+    Example:
+        ```python
+        seal_peft.activate(model, ["default"])
+        ```
     """
+    from peft.peft_model import PeftModel
+
     names = list(adapter_names)
     known = list(getattr(model, "peft_config", {}))
     if unknown := sorted(set(names) - set(known)):

@@ -45,6 +45,12 @@ class SealLayer(BaseTunerLayer):
         outer_layers: Layers of other tuners around this one, the innermost first; see `beside.py`.
         model_configs: The configs of all adapters of the model, of other methods too.
         rope: What gives the model the RoPE of the adapters in use; see `positions.py`.
+
+    Example:
+        ```python
+        layers = [module for module in model.modules() if isinstance(module, seal_peft.SealLayer)]
+        num_heads, head_dim = layers[0].geometry
+        ```
     """
 
     adapter_layer_names: tuple[str, ...] = ("seal_delta",)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from peft import PeftConfig
+from peft.config import PeftConfig
 from torch import nn
 
 from .config import SealConfig

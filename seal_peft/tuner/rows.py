@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -20,8 +21,8 @@ BASE = "__base__"
 def scaled_rows(model: nn.Module, adapter_names: Sequence[str], num_beams: int) -> Iterator[None]:
     """Within the context, row `i` of every batch gets the scales of `adapter_names[i]`.
 
-    The rows' scales are gathered once, from one table per layer, so a forward pass costs one multiplication however
-    many adapters are in flight.
+    The rows' scales are gathered once on entering, from one table per layer; every forward pass within then costs one
+    multiplication, however many adapters are in flight.
 
     Args:
         model: A model with SEAL layers, in inference mode.
@@ -30,7 +31,8 @@ def scaled_rows(model: nn.Module, adapter_names: Sequence[str], num_beams: int) 
 
     Raises:
         TypeError: `adapter_names` is not a list of names.
-        ValueError: The model is in training mode, an adapter is merged, or a name is not known.
+        ValueError: The model is in training mode, an adapter is merged, one of another method is active, or a name is
+            not known.
     """
     layers = [module for module in model.modules() if isinstance(module, SealLayer)]
     rows = [name for name in _checked(model, layers, adapter_names) for _ in range(num_beams)]
@@ -59,6 +61,14 @@ def _checked(model: nn.Module, layers: Sequence[SealLayer], adapter_names: Seque
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer) and not isinstance(module, SealLayer) and not module.disable_adapters:
+            acting = module._get_available_adapters() & {*module.active_adapters, *module.merged_adapters}
+            if acting:
+                raise ValueError(
+                    f"Cannot pass `adapter_names` while adapters of other methods act on every row: {sorted(acting)}. "
+                    "Switch them off, `seal_peft.activate(model, [])`, and give each row a SEAL adapter."
+                )
     known = {name for layer in layers for name in layer.seal_alpha}
     if unknown := sorted(set(adapter_names) - known - {BASE}):
         raise ValueError(

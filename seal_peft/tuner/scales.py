@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
@@ -49,6 +48,8 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
     Raises:
         ValueError: No layer holds an adapter of this name.
     """
+    from peft.peft_model import PeftModel  # PEFT imports its tuners first
+
     base = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
     if isinstance(base, PeftModel):
         base = base.get_base_model()
