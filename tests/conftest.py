@@ -19,6 +19,7 @@ os.environ.pop("HF_TOKEN", None)
 
 import logging
 import random
+import signal
 from collections.abc import Iterator
 
 import numpy as np
@@ -29,6 +30,8 @@ from hypothesis import settings
 from upstream import reaches_upstream
 
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell starts what it runs in the background like this
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 settings.register_profile("suite", deadline=None, derandomize=True, database=None, max_examples=50)
 settings.load_profile("suite")
 
