@@ -56,7 +56,8 @@ class TrainArguments:
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id, local folder, or `smollm2`."})
     train_file: str = field(metadata={"help": "Samples, one JSON row each, as `seal-peft make-data` writes them."})
     granularity: Granularity = field(
-        default="channel", metadata={"help": "One scale per attention `head` or per `channel`."}
+        default="channel",
+        metadata={"help": "One scale per `head` or per `channel` of it. Queries always have one per head."},
     )
     sites: list[str] = field(
         default_factory=lambda: ["output"],

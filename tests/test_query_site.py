@@ -333,6 +333,24 @@ def test_settings_without_a_meaning_are_refused(settings, message):
         SealConfig(**settings)
 
 
+@pytest.mark.parametrize("sites", [("query",), BOTH])
+def test_query_modules_that_match_nothing_are_refused_before_anything_is_wrapped(sites):
+    base = base_model("llama")
+    with pytest.raises(ValueError, match=r"query_modules=.*nope.*or leave it at None"):
+        get_peft_model(base, SealConfig(sites=sites, query_modules=["nope"]))
+    assert not seal_layers(base)
+
+
+@pytest.mark.parametrize("sites", [["key"], "query", ["output", "key"]])
+def test_only_sites_that_an_adapter_has_can_be_saved(sites, tmp_path):
+    model = with_site("llama", BOTH)
+    with pytest.raises(ValueError, match=r"is not allowed. Adapter 'default' has scales at \('output', 'query'\)"):
+        seal_peft.save_adapter(model, tmp_path / "part", sites=sites)
+    with pytest.raises(ValueError, match="no adapter named 'other'. The model has: default"):
+        seal_peft.save_adapter(model, tmp_path / "part", "other", sites=["query"])
+    assert not (tmp_path / "part").exists()
+
+
 def test_a_norm_after_the_rotation_undoes_scales_and_is_refused():
     import transformers as tf
 

@@ -111,9 +111,14 @@ def discard_save(folder: str | os.PathLike[str]) -> None:
 
 def _part(model: Any, adapter_name: str, sites: Sequence[str]) -> tuple[PeftConfig, dict[str, Tensor]]:
     """Take the scales at some sites out of an adapter, with a config that asks for no others."""
-    config = model.peft_config[adapter_name]
-    if missing := sorted(set(sites) - set(config.sites)):
-        raise ValueError(f"Adapter {adapter_name!r} has no scales at {missing}; its sites are {config.sites}.")
+    config = model.peft_config.get(adapter_name)
+    if config is None:
+        raise ValueError(f"There is no adapter named {adapter_name!r}. The model has: {', '.join(model.peft_config)}.")
+    if isinstance(sites, str) or set(sites) - set(config.sites):
+        raise ValueError(
+            f"sites={sites!r} is not allowed. Adapter {adapter_name!r} has scales at {config.sites}; give a list of "
+            "some of them."
+        )
     if config.modules_to_save:
         raise ValueError(
             f"Adapter {adapter_name!r} trains whole modules, too (modules_to_save={config.modules_to_save}), which "

@@ -94,6 +94,13 @@ def check_targets(config: SealConfig, model: nn.Module) -> list[list[int]]:
             found.append(list(geometry_of(config, model, module, name)[0]))
             heads[name] = found[-1][0]
     check_chosen(config, heads)
+    if config.query_modules is not None and not any(
+        is_query(config, model, name) for name, _ in model.named_modules()
+    ):
+        raise ValueError(
+            f"No module of the base model has one of the names query_modules={config.query_modules}. Name the modules "
+            "whose output is the query, or leave it at None to look beside the output projections."
+        )
     expected = config._expected_heads
     if expected is not None and found != [list(pair) for pair in expected]:
         raise ValueError(
