@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not an explicit export
 from peft.utils import CONFIG_NAME
 
-from .assets import SMOLLM2_HUB_ID, smollm2_package
+from .assets import public_id, smollm2_package
 from .files import replacing
 from .report import guard_tables, length_rows, markdown_table, overall_rows
 from .tuner import scales
@@ -87,22 +84,6 @@ def render_card(folder: str | os.PathLike[str], run: dict[str, Any], facts: Card
     if own.data.base_model and public_id(str(own.data.base_model)) is None:
         own.data.base_model = None
     return f"{own}\n"
-
-
-def public_id(model: str) -> str | None:
-    """Return the Hub id of a model, whichever way it was named here; `None` for a folder that the Hub does not know.
-
-    A folder is known if it is the converted SmolLM2 of this package or a snapshot in the Hub's own cache.
-    """
-    if smollm2_package(model):
-        return SMOLLM2_HUB_ID
-    if snapshot := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", model):
-        return snapshot[1].replace("--", "/", 1)
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return None
-    return None if Path(model).exists() else model
 
 
 def _authors_card(path: Path) -> ModelCard | None:

@@ -20,7 +20,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import CARD_NAME, CardFacts, public_id, render_card
+from .assets import public_id
+from .card import CARD_NAME, CardFacts, render_card
 from .files import replacing
 from .plots import plot_scales
 from .report import read_metrics

@@ -12,7 +12,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
@@ -22,7 +22,7 @@ import tokenizers_for_tests as tokenizers_
 from seal_peft import SealConfig, assets
 from seal_peft.data import read_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
-from seal_peft.loading import load_adapter, load_model, unload_adapter
+from seal_peft.loading import check_adapter, load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
 from seal_peft.tasks import haystacks
@@ -368,6 +368,38 @@ def test_an_adapter_of_another_base_is_found_before_the_model_is_loaded(refused,
         complaint = refused("--adapters", own_house / name)
         assert f"{name} does not fit the model" in complaint
         assert "as --model_name_or_path. (size mismatch for" in complaint
+
+
+@pytest.mark.parametrize("name", ["seal", "lora", "ia3"])
+def test_an_adapter_for_more_or_fewer_layers_of_one_width_does_not_fit(refused, own_house: Path, name: str) -> None:
+    # IA3 has a vector a layer, LoRA two matrices; SEAL knows its heads.
+    left_over = {"seal": "trained on 2 modules", "lora": "(2 tensors of the file", "ia3": "(1 tensors of the file"}
+    lacking = {**dict.fromkeys(ADAPTERS, "lacks what modules of this model need"), "seal": "trained on 2 modules"}
+    for layers, complaint in ((1, left_over[name]), (3, lacking[name])):
+        save_model(own_house / "model", weights=False, num_hidden_layers=layers)
+        found = refused("--adapters", own_house / name)
+        assert f"{name} does not fit the model" in found
+        assert complaint in found
+
+
+def test_a_prompt_of_another_width_or_depth_does_not_fit(refused, own_house: Path, house: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, config).save_pretrained(str(own_house / "prompt"))
+    for change in ({"num_hidden_layers": 3}, {"hidden_size": 24}):
+        save_model(own_house / "model", weights=False, **change)
+        assert "prompt does not fit the model" in refused("--adapters", own_house / "prompt")
+
+
+@pytest.mark.parametrize("name", ["seal", "lora", "ia3"])
+def test_another_base_of_the_same_shapes_is_named_in_a_warning_and_a_moved_one_is_not(
+    house: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    check_adapter(str(save_model(tmp_path / "elsewhere" / "model", weights=False)), str(house / name))
+    assert not caplog.messages
+    check_adapter(str(save_model(tmp_path / "other", weights=False)), str(house / name))
+    (message,) = caplog.messages
+    assert f"fits the model {tmp_path / 'other'}, but was trained on {house / 'model'}." in message
 
 
 def test_a_row_that_cannot_be_scored_is_named_by_line_and_field(refused, own_house: Path) -> None:
