@@ -183,7 +183,8 @@ def _flags_of_file(path: str, parser: HfArgumentParser) -> list[str]:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold `flag: value` lines, not a {type(values).__name__}.")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+    known = {flag.removeprefix("--") for action in parser._actions for flag in action.option_strings}
+    known -= {"help", "config"}
     if unknown := sorted(set(map(str, values)) - known):
         raise ValueError(f"--config {path} names unknown flags: {', '.join(unknown)}. See --help for the known ones.")
     words: list[str] = []

@@ -40,7 +40,12 @@ class EvaluateArguments:
     """What to evaluate, on what, and where to put the results."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id, local folder, or `smollm2`."})
-    test_file: str = field(metadata={"help": "Samples, one JSON row each, as `seal-peft make-data` writes them."})
+    test_file: str = field(
+        metadata={
+            "help": "Samples, one JSON row each: what `seal-peft make-data` writes, or your own.",
+            "aliases": ["--task_file"],
+        }
+    )
     output_dir: str = field(metadata={"help": "Folder for predictions.jsonl and metrics.json."})
     adapters: list[str] = field(
         default_factory=list,

@@ -186,11 +186,11 @@ def _wrap(model: Any, path: str, **settings: Any) -> PeftModel:
         except UserWarning as warning:
             if "Found missing adapter keys" not in str(warning):
                 raise
-            raise ValueError(f"The file lacks what modules of this model need. {warning!s:.200}") from warning
+            raise ValueError(f"Its file lacks what modules of the model need. {warning!s:.200}") from warning
     # A second time, because only this call tells what was left over. Prompts are kept outside of the model.
     unknown = adapted.load_adapter(path, "default", **settings).unexpected_keys
     if unknown and not adapted.active_peft_config.is_prompt_learning:
-        raise ValueError(f"{len(unknown)} tensors of the file have no place in this model: {', '.join(unknown):.200}")
+        raise ValueError(f"Tensors of its file that have no place there: {len(unknown)}, such as {unknown[0]}")
     return adapted
 
 

@@ -75,8 +75,11 @@ def name_systems(base: str, adapters: Sequence[str], models: Sequence[str], skip
 
 
 def _named(text: str) -> tuple[str, str]:
+    """Split NAME=PATH. Paths may hold the sign, too: what exists is a path, and so is what has a / before the sign."""
     name, equals, path = text.partition("=")
-    return (name, path) if equals else (Path(text).resolve().name, text)
+    if not equals or "/" in name or Path(text).exists():
+        return Path(text).resolve().name, text
+    return name, path
 
 
 def read_questions(model: str, samples: Sequence[Sample], max_new_tokens: int | None) -> Questions:

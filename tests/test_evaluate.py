@@ -25,6 +25,7 @@ from seal_peft.evaluate import EvaluateArguments, evaluate
 from seal_peft.loading import check_adapter, load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
+from seal_peft.systems import name_systems
 from seal_peft.tasks import haystacks
 from stages import WINDOW, error_of, python, save_model, save_samples, seal
 
@@ -350,6 +351,20 @@ def test_what_is_no_adapter_is_refused_by_name(refused, own_house: Path) -> None
     assert "method 'WALRUS', which this PEFT does not know" in refused("--adapters", own_house / "seal")
 
 
+def test_a_path_may_hold_the_sign_that_ends_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    given = ["mine=runs/lr=0.2/best", "runs/lr=0.3", "lr=0.1", "b=me/lora", "lora"]
+    systems = name_systems("model", given, [], skip_base=True)
+    assert [(system.name, system.adapter) for system in systems] == [
+        ("mine", "runs/lr=0.2/best"),
+        ("lr=0.3", "runs/lr=0.3"),
+        ("lr=0.1", "lr=0.1"),
+        ("b", "me/lora"),
+        ("lora", "lora"),
+    ]
+
+
 def test_names_batches_lengths_and_rows_are_checked_first(refused, own_house: Path) -> None:
     assert "distinct names" in refused("--adapters", own_house / "seal", f"seal={own_house / 'lora'}")
     assert "distinct names" in refused("--skip_base")
@@ -373,8 +388,11 @@ def test_an_adapter_of_another_base_is_found_before_the_model_is_loaded(refused,
 @pytest.mark.parametrize("name", ["seal", "lora", "ia3"])
 def test_an_adapter_for_more_or_fewer_layers_of_one_width_does_not_fit(refused, own_house: Path, name: str) -> None:
     # IA3 has a vector a layer, LoRA two matrices; SEAL knows its heads.
-    left_over = {"seal": "trained on 2 modules", "lora": "(2 tensors of the file", "ia3": "(1 tensors of the file"}
-    lacking = {**dict.fromkeys(ADAPTERS, "lacks what modules of this model need"), "seal": "trained on 2 modules"}
+    left_over = {"seal": "trained on 2 modules", "lora": "no place there: 2, such", "ia3": "no place there: 1, such"}
+    lacking = {
+        **dict.fromkeys(ADAPTERS, "Its file lacks what modules of the model need"),
+        "seal": "trained on 2 modules",
+    }
     for layers, complaint in ((1, left_over[name]), (3, lacking[name])):
         save_model(own_house / "model", weights=False, num_hidden_layers=layers)
         found = refused("--adapters", own_house / name)
