@@ -106,7 +106,16 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         for system in systems
     }
 
-    keys = {system.name: _fingerprints(system, asked, questions[system.model], guard, arguments) for system in systems}
+    batches = {
+        model: _batches(own, len(guard.samples), arguments.per_device_eval_batch_size)
+        for model, own in questions.items()
+    }
+    keys = {
+        system.name: _fingerprints(
+            system, asked, questions[system.model], batches[system.model], guard.essays.get(system.model), arguments
+        )
+        for system in systems
+    }
     # A process that is done may wait for hours for one that is not.
     processes = PartialState(cpu=pick_device().type == "cpu", timeout=timedelta(days=7))
     path, number = Path(arguments.output_dir) / "predictions.jsonl", processes.process_index
@@ -116,7 +125,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     predictions = Predictions(path, process=number if processes.num_processes > 1 else None)
     for model in models:
         sharing = [system for system in systems if system.model == model]
-        _answer_all(sharing, asked, questions[model], guard, keys, predictions, arguments)
+        _answer_all(sharing, asked, questions[model], batches[model], guard, keys, predictions, arguments)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return {}
@@ -172,21 +181,25 @@ def _check_numbers(arguments: EvaluateArguments) -> None:
 
 
 def _fingerprints(
-    system: System, asked: list[Sample], questions: Questions, guard: Guard, arguments: EvaluateArguments
+    system: System,
+    asked: list[Sample],
+    questions: Questions,
+    batches: list[list[int]],
+    essays: list[list[int]] | None,
+    arguments: EvaluateArguments,
 ) -> list[str]:
-    """Cover all that changes an answer or its row. The batch size is not among it: padding is masked.
+    """Cover all that changes an answer or its row: in bfloat16 also the prompts that share its batch.
 
     One for each sample, and a last one for the guard's essays, if they are asked for.
     """
     files = [identity(locate_model(system.model)), system.adapter and identity(system.adapter)]
     settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation, questions.ends]
-    keys = [
-        fingerprint(system.name, files, settings, limit, prompt, asdict(sample))
-        for sample, prompt, limit in zip(asked, questions.prompts, questions.limits, strict=True)
-    ]
-    if guard.samples:
-        keys.append(fingerprint(system.name, files, settings, guard.essays[system.model]))
-    return keys
+    keys = [""] * len(asked)
+    for batch in batches:
+        together = fingerprint([[questions.prompts[index], questions.limits[index]] for index in batch])
+        for place, index in enumerate(batch):
+            keys[index] = fingerprint(system.name, files, settings, together, place, asdict(asked[index]))
+    return keys if essays is None else [*keys, fingerprint(system.name, files, settings, essays)]
 
 
 def _batches(questions: Questions, num_guard: int, batch_size: int) -> list[list[int]]:
@@ -205,6 +218,7 @@ def _answer_all(
     systems: list[System],
     asked: list[Sample],
     questions: Questions,
+    batches: list[list[int]],
     guard: Guard,
     keys: dict[str, list[str]],
     predictions: Predictions,
@@ -215,7 +229,6 @@ def _answer_all(
     if not todo:
         return
     processes = PartialState()
-    batches = _batches(questions, len(guard.samples), arguments.per_device_eval_batch_size)
     batches = batches[processes.process_index :: processes.num_processes]
     model = load_model(systems[0].model, arguments.dtype, arguments.attn_implementation).eval()
     for system in todo:

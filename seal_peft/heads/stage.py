@@ -60,8 +60,8 @@ class HeadsArguments:
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id, local folder, or `smollm2`."})
     test_file: str = field(
         metadata={
-            "help": "Samples, one JSON row each: what `seal-peft make-data` writes, or your own. Maps are made for each "
-            "length in it.",
+            "help": "Samples, one JSON row each: what `seal-peft make-data` writes, or your own. Maps are made for "
+            "each length in it.",
             "aliases": ["--task_file"],
         }
     )
