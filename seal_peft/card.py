@@ -13,7 +13,8 @@ from peft.utils import CONFIG_NAME
 
 from .assets import public_id, smollm2_package
 from .files import replacing
-from .report import guard_tables, length_rows, markdown_table, overall_rows
+from .report import guard_tables, length_rows, markdown_table, notes, overall_rows
+from .statistics import label_of
 from .tuner import scales
 
 CARD_NAME = "README.md"
@@ -118,7 +119,7 @@ def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type=f"seal_peft/{cell['task']}",
-            dataset_name=f"{cell['task']}, {cell['length']} tokens, {cell['n']} samples",
+            dataset_name=f"{label_of(metrics, cell['task'])}, {cell['length']} tokens, {cell['n']} samples",
             dataset_split="test",
             metric_type="accuracy",
             metric_name="mean score",
@@ -194,12 +195,11 @@ def _listed(values: list[Any] | None) -> str:
 
 
 def _result_words(metrics: dict[str, Any]) -> dict[str, Any]:
-    own = [task for task, wording in metrics.get("wording", {}).items() if "own" in wording]
     return {
         "results": markdown_table(overall_rows(metrics)),
         "results_by_length": markdown_table(length_rows(metrics)),
         "guard": "\n\n".join(f"{title}\n\n{markdown_table(rows)}" for title, rows in guard_tables(metrics).items()),
-        "own_wording": ", ".join(own),
+        "notes": "\n\n".join(notes(metrics)),
         "evaluated_on": f"{metrics['device']}, {metrics['date']}",
     }
 

@@ -24,7 +24,7 @@ from .heads.stage import HeadsArguments, heads
 from .hub import PushArguments, push_stage
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
-from .report import ReportArguments, guard_tables, markdown_table, overall_rows, report
+from .report import ReportArguments, guard_tables, markdown_table, notes, overall_rows, report
 from .train import RECIPES, SealTrainingArguments, TrainArguments, train
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -231,6 +231,8 @@ def _show(result: Any) -> None:
         for title, rows in guard_tables(result).items():
             sys.stdout.write(f"\n{title}\n")
             _show_table(rows)
+        for note in notes(result):
+            sys.stdout.write(f"\n{note}\n")
         return
     if isinstance(result, Path) and result.suffix == ".md" and _draws():
         from rich.console import Console

@@ -34,6 +34,9 @@ from .statistics import RULER_THRESHOLD, summarise
 from .systems import BASE, Questions, System, check_system, name_systems, read_questions
 from .tasks import Sample, get_task
 
+# What samples say of themselves that a reader of scores must know: whose words they are in, what their facts hide in.
+_LABELS = ("wording", "haystack")
+
 
 @dataclass
 class EvaluateArguments:
@@ -140,7 +143,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         essays = {system.name: guard.essays[system.model] for system in systems}
         short_scores = {name: own[len(samples) :] for name, own in scores.items()}
         metrics["guard"] = summarise_guard(losses, essays, guard.samples, short_scores, BASE)
-    metrics |= {"windows": windows, "wording": _wording(samples), "arguments": asdict(arguments), **provenance()}
+    metrics |= {"windows": windows, **{label: _by_task(samples, label) for label in _LABELS}}
+    metrics |= {"arguments": asdict(arguments), **provenance()}
     write_json(Path(arguments.output_dir) / "metrics.json", metrics)
     return metrics
 
@@ -160,13 +164,13 @@ def _read_test_file(path: str) -> list[Sample]:
     return samples
 
 
-def _wording(samples: list[Sample]) -> dict[str, list[str]]:
-    """Whose words the samples of a task are in, for tasks that come in several wordings."""
-    wording: dict[str, set[str]] = {}
+def _by_task(samples: list[Sample], label: str) -> dict[str, list[str]]:
+    """What the samples of a task say under one of `_LABELS`, for tasks that have it."""
+    found: dict[str, set[str]] = {}
     for sample in samples:
-        if "wording" in sample.meta:
-            wording.setdefault(sample.task, set()).add(str(sample.meta["wording"]))
-    return {task: sorted(own) for task, own in wording.items()}
+        if label in sample.meta:
+            found.setdefault(sample.task, set()).add(str(sample.meta[label]))
+    return {task: sorted(own) for task, own in found.items()}
 
 
 def _check_numbers(arguments: EvaluateArguments) -> None:
@@ -266,6 +270,6 @@ def _row(system: System, sample: Sample, answer: str, key: str) -> dict[str, Any
         "answers": sample.answers,
         "score": task.score(answer, sample.answers),
         **{name: score(answer, sample.answers) for name, score in task.more_scores.items()},
-        **{name: value for name, value in sample.meta.items() if name == "wording"},
+        **{name: value for name, value in sample.meta.items() if name in _LABELS},
         "fingerprint": key,
     }

@@ -121,6 +121,11 @@ def effective_lengths(cells: Sequence[dict[str, Any]], threshold: float) -> dict
     return {name: max(lengths, default=None) for name, lengths in reached.items()}
 
 
+def label_of(metrics: dict[str, Any], task: str) -> str:
+    """Return the name of a task in tables and pictures, which says where its words are ours and not a benchmark's."""
+    return f"{task} (own wording)" if "own" in metrics.get("wording", {}).get(task, ()) else task
+
+
 def _cells(samples: Sequence[Sample]) -> dict[tuple[str | None, int | None, float | None], list[int]]:
     """Indices of samples by task and length (depth `None`), and by task, length and depth.
 

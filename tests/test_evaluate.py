@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,14 @@ import models
 import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
 from seal_peft import SealConfig, assets
-from seal_peft.data import read_samples
+from seal_peft.data import read_samples, write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
 from seal_peft.loading import check_adapter, load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
 from seal_peft.systems import name_systems
 from seal_peft.tasks import haystacks
-from stages import WINDOW, error_of, python, save_model, save_samples, seal
+from stages import WINDOW, error_of, python, save_model, save_samples, seal, some_samples
 
 ADAPTERS = {
     "seal": SealConfig(task_type="CAUSAL_LM", granularity="channel"),
@@ -52,7 +53,8 @@ def save_adapter(house: Path, name: str, seed: int = 1) -> Path:
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     save_model(folder / "model")
-    save_samples(folder / "test.jsonl", "test")
+    samples = [replace(sample, meta={**sample.meta, "wording": "own"}) for sample in some_samples("test")]
+    write_samples(folder / "test.jsonl", samples)
     for name in ADAPTERS:
         save_adapter(folder, name)
     merge(MergeArguments(str(folder / "seal"), str(folder / "merged")))
@@ -105,6 +107,8 @@ def test_base_adapters_of_any_method_and_plain_models_answer_in_one_call(house: 
     assert all(metrics["systems"][name]["n"] == 6 for name in names)
     assert metrics["arguments"]["max_new_tokens"] == 6
     assert metrics["versions"]["torch"]
+    assert (metrics["wording"], metrics["haystack"]) == ({"lines": ["own"]}, {})
+    assert {row["wording"] for row in rows_of(everyone)} == {"own"}
     answers = answers_of(everyone)
     samples = read_samples(house / "test.jsonl")
     assert answers.keys() == {(name, sample.id) for name in names for sample in samples}
