@@ -15,7 +15,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaForCausalLM
 
 import models
 import nvidia_ruler as nvidia
@@ -308,6 +308,34 @@ def test_the_guard_measures_every_system_on_the_same_text_and_once(
     assert rows_of(tmp_path) == rows
     assert "guard" not in evaluate_in(roomy, tmp_path, systems, **settings)
     assert rows_of(tmp_path) == own_rows
+
+
+# --- memory --------------------------------------------------------------------------------------------------------
+
+
+def test_no_step_of_mixed_lengths_is_larger_than_those_of_the_longest_alone(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted at the model's door: tokens that a step reads, tokens in its cache, and entries of a full mask."""
+    longest = some_samples("test", length=900, num_samples=4)
+    mixed = [*some_samples("test", length=300, num_samples=12), *longest, *some_samples("test", num_samples=6)]
+    steps: list[tuple[int, int, int]] = []
+    forward = LlamaForCausalLM.forward
+
+    def count(self: Any, input_ids: Any = None, attention_mask: Any = None, **named: Any) -> Any:
+        steps.append((input_ids.numel(), attention_mask.numel(), input_ids.numel() * attention_mask.shape[1]))
+        return forward(self, input_ids=input_ids, attention_mask=attention_mask, **named)
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", count)
+    largest = []
+    for number, samples in enumerate((longest, mixed)):
+        write_samples(tmp_path / "test.jsonl", [replace(sample, id=str(i)) for i, sample in enumerate(samples)])
+        words = (str(house / "model"), str(tmp_path / "test.jsonl"), str(tmp_path / str(number)))
+        steps.clear()
+        evaluate(EvaluateArguments(*words, max_new_tokens=3, dtype="float32", per_device_eval_batch_size=2))
+        largest.append([max(column) for column in zip(*steps, strict=True)])
+    assert largest[1] == largest[0]
+    assert largest[0][0] > 2 * 0.97 * 800  # two of the longest at once, their answers apart
 
 
 # --- the window ----------------------------------------------------------------------------------------------------
