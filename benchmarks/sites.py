@@ -283,11 +283,11 @@ def _interval(scores: list[list[float]]) -> dict[str, float]:
 # -- many processes ---------------------------------------------------------------------------------------------------
 
 
-def claimed(folder: Path, jobs: list[tuple[str, float, int]]) -> Iterator[tuple[str, float, int]]:
-    """Yield the jobs that no other process has begun in this call."""
+def claimed(folder: Path, phase: str, jobs: list[tuple[str, float, int]]) -> Iterator[tuple[str, float, int]]:
+    """Yield the jobs of a phase that no other process has begun in this call."""
     for job in jobs:
         try:
-            (folder / "{}-{:g}-{}.claim".format(*job)).touch(exist_ok=False)
+            (folder / "{}-{:g}-{}.{}.claim".format(*job, phase)).touch(exist_ok=False)
         except FileExistsError:
             continue
         yield job
@@ -296,7 +296,7 @@ def claimed(folder: Path, jobs: list[tuple[str, float, int]]) -> Iterator[tuple[
 def work(bench: Bench, phase: str) -> None:
     """Do a share of the jobs of one phase."""
     torch.set_num_threads(1)
-    for job in claimed(bench.folder, bench.searches() if phase == "search" else bench.finals()):
+    for job in claimed(bench.folder, phase, bench.searches() if phase == "search" else bench.finals()):
         if job[1]:
             bench.train(*job)
         if phase == "final":
