@@ -134,7 +134,9 @@ def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:
     try:
         if config.is_prompt_learning:
             _check_prompt(config, skeleton)
-        adapted = None if config.is_prompt_learning else _wrap(skeleton, path, low_cpu_mem_usage=True, torch_device="cpu")
+        adapted = (
+            None if config.is_prompt_learning else _wrap(skeleton, path, low_cpu_mem_usage=True, torch_device="cpu")
+        )
     except (ValueError, RuntimeError) as error:
         mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if isinstance(error, RuntimeError) and not mismatches:

@@ -56,7 +56,7 @@ def plot_lengths(metrics: dict[str, Any], task: str, path: Path) -> Path:
     """
     cells = [cell for cell in metrics["cells"] if cell["task"] == task and cell["depth"] is None]
     threshold = metrics.get("effective_lengths", {}).get("threshold")
-    windows = {name: window for name, window in metrics.get("windows", {}).items() if window is not None}
+    windows = _windows(metrics)
     label = label_of(metrics, task)
     numbers = {"task": label, "threshold": threshold, "windows": windows, "cells": cells}
     write_json(path.with_suffix(".json"), numbers)
@@ -134,7 +134,9 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
     others = {name: values for name, values in scores.items() if name != "base"}
     differences = {name: _difference(values, base) for name, values in others.items()} if base else {}
     label = label_of(metrics, task)
-    numbers = {"task": label, "lengths": lengths, "depths": depths, "scores": scores, "differences": differences}
+    windows = _windows(metrics)
+    numbers = {"task": label, "lengths": lengths, "depths": depths, "windows": windows}
+    numbers |= {"scores": scores, "differences": differences}
     write_json(path.with_suffix(".json"), numbers)
 
     width = max(3.0, 1.2 + 0.55 * len(lengths))
@@ -143,7 +145,8 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
     figure = new_figure(1.5 + width * len(scores), 0.8 + height * rows)
     grid = figure.subplots(rows, len(scores), squeeze=False, sharex=True, sharey=True)
     for axes, (name, values) in zip(grid[0], scores.items(), strict=True):
-        image = _draw_map(axes, values, lengths, depths, name, "viridis", (0, 1))
+        title = f"{name} (window {windows[name]:,})" if windows.get(name, lengths[-1]) < lengths[-1] else name
+        image = _draw_map(axes, values, lengths, depths, title, "viridis", (0, 1))
     figure.colorbar(image, ax=list(grid[0]), label="mean score", fraction=0.05)
     for axes, name in zip(grid[1] if differences else (), scores, strict=False):
         if name == "base":
@@ -157,6 +160,11 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
     figure.supylabel("depth of the fact (0 start, 1 end of the context)", fontsize=10)
     figure.suptitle(f"{label}: score by depth and length, {_counted(cells)} a field")
     return _save(figure, path)
+
+
+def _windows(metrics: dict[str, Any]) -> dict[str, int]:
+    """Tokens that each system reaches, as far as there is such a limit."""
+    return {name: window for name, window in metrics.get("windows", {}).items() if window is not None}
 
 
 def _counted(cells: list[dict[str, Any]]) -> str:

@@ -71,12 +71,14 @@ def grid_metrics(**more) -> dict:
 
 
 def test_maps_show_every_system_and_its_difference_to_the_base(tmp_path: Path) -> None:
-    assert plot_depths(grid_metrics(), "needle", tmp_path / "map.png") == tmp_path / "map.png"
+    metrics = grid_metrics(windows={"base": 512, "adapter": None})
+    assert plot_depths(metrics, "needle", tmp_path / "map.png") == tmp_path / "map.png"
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "map.json").read_text()) == {
         "task": "needle",
         "lengths": [512, 1024],
         "depths": [0.0, 1.0],
+        "windows": {"base": 512},
         "scores": {"base": [[0.5, 0.0], [1.0, 0.5]], "adapter": [[1.0, 1.0], [0.5, 0.5]]},
         "differences": {"adapter": [[0.5, 1.0], [-0.5, 0.0]]},
     }
