@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .loading import base_of_adapter, load_adapter, load_config, load_model, load_tokenizer, read_adapter
+from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer, read_adapter
 from .tuner import save_adapter
 from .tuner.config import check_sites
 
@@ -53,9 +53,9 @@ def merge(arguments: MergeArguments) -> Path:
         The folder of the merged model.
 
     Raises:
-        ValueError: The output folder exists already, or the adapter is broken or needs Self-Extend, which no engine
-            would apply to the plain model; raised before any model is loaded. Or the model cannot take scales of one
-            of the sites into its weights.
+        ValueError: The output folder exists already, or the adapter is broken, of another base, or needs Self-Extend,
+            which no engine would apply to the plain model; raised before any model is loaded. Or the model cannot take
+            scales of one of the sites into its weights.
     """
     target = Path(arguments.output_dir)
     if target.exists():
@@ -71,7 +71,7 @@ def merge(arguments: MergeArguments) -> Path:
     merged_sites = check_sites(arguments.sites)
     rest = [site for site in getattr(config, "sites", ()) if site not in merged_sites]
     base = arguments.model_name_or_path or base_of_adapter(config, adapter)
-    load_config(base)
+    check_adapter(base, adapter)
     tokenizer = load_tokenizer(base)
     model = load_adapter(load_model(base, arguments.dtype), adapter)
     if not rest:

@@ -135,6 +135,10 @@ def test_broken_and_homeless_adapters_are_refused_before_a_model_is_loaded(
     assert "does not name its base model. Pass --model_name_or_path" in refusal(capsys, adapter, target)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/model"}))
     assert "There is no model folder '/no/such/model'" in refusal(capsys, adapter, target)
+    save_model(tmp_path / "deeper", weights=False, num_hidden_layers=3)
+    deeper = {**config, "base_model_name_or_path": str(tmp_path / "deeper")}
+    (adapter / "adapter_config.json").write_text(json.dumps(deeper))
+    assert f"does not fit the model {tmp_path / 'deeper'}" in refusal(capsys, adapter, target)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert "cut off or damaged" in refusal(capsys, adapter, target)
