@@ -7,6 +7,7 @@ import re
 import shutil
 import signal
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -322,6 +323,7 @@ def test_no_step_of_mixed_lengths_is_larger_than_those_of_the_longest_alone(
     steps: list[tuple[int, int, int]] = []
     forward = LlamaForCausalLM.forward
 
+    @wraps(forward)
     def count(self: Any, input_ids: Any = None, attention_mask: Any = None, **named: Any) -> Any:
         steps.append((input_ids.numel(), attention_mask.numel(), input_ids.numel() * attention_mask.shape[1]))
         return forward(self, input_ids=input_ids, attention_mask=attention_mask, **named)

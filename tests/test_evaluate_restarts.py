@@ -19,8 +19,8 @@ from seal_peft.data import write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
 from stages import python, save_model, some_samples
 
-# What two runs of one evaluation need not share: when, by which words, from a tree that may be edited meanwhile, and on how
-# many threads.
+# What two runs of one evaluation need not share: when, by which words, on how many threads, and from a tree that may
+# be edited meanwhile.
 OWN = ("date", "command", "commit", "device")
 
 
