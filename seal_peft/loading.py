@@ -11,7 +11,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assets import resolve_model
-from .tuner.config import check_weights_file
+from .tuner.weights import check_weights_file
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_HELP = "auto: bfloat16 where the hardware computes in it, else float32."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .chosen import check_names
 from .saving import discard_save, finish_save
+from .weights import check_weights_file
 
 Granularity = Literal["head", "channel"]
 Site = Literal["output", "query"]
@@ -277,37 +277,6 @@ def check_sites(sites: Sequence[str]) -> tuple[Site, ...]:
     if isinstance(sites, str) or not sites or set(sites) - set(known) or len(set(sites)) < len(sites):
         raise ValueError(f"sites={sites!r} is not allowed. Use ('output',), ('query',) or ('output', 'query').")
     return tuple(site for site in known if site in sites)
-
-
-def check_weights_file(path: str) -> None:
-    """Refuse a safetensors file that is cut off or damaged; a missing file is left to the loader.
-
-    Raises:
-        ValueError: The size of the file is not what its header announces.
-    """
-    if not os.path.isfile(path):
-        return
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little") if len(start) == 8 else size
-        try:
-            header = json.loads(file.read(length)) if 8 + length <= size else {}
-            end = (
-                8
-                + length
-                + max(
-                    (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-                )
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
-            end = None
-    if end != size:
-        raise ValueError(
-            f"The adapter file {path} is cut off or damaged ({size} bytes"
-            + (f", its header announces {end}" if end else ", no readable header")
-            + "). Save the adapter again, or download it again."
-        )
 
 
 def _set_of(names: list[str] | set[str] | str | None) -> set[str] | str | None:

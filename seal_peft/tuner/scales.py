@@ -11,9 +11,9 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .config import check_weights_file
 from .layer import SealLayer
 from .saving import finish_save
+from .weights import check_weights_file
 
 _KEY_SUFFIX = ".seal_delta.weight"
 _KEY_PREFIX = "base_model.model."
