@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .chosen import check_names
 from .saving import discard_save, finish_save
-from .weights import check_weights_file
+from .weights import SCALES, check_weights_file, saved_config, take_settings
 
 Granularity = Literal["head", "channel"]
 Site = Literal["output", "query"]
@@ -67,6 +67,7 @@ class SealConfig(PeftConfig):
         base_rope: Filled in by the model: RoPE parameters of the base that the adapter was trained on. Loading on a
             base that has others warns; to apply the recorded ones, set `rope_parameters` to `base_rope`.
         base_self_extend: Filled in by the model: Self-Extend that the base itself had in force.
+        fingerprint: Filled in when weights are saved: tells whether a file of weights belongs to these settings.
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -127,6 +128,9 @@ class SealConfig(PeftConfig):
     )
     base_self_extend: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in: Self-Extend of the base at training time."}
+    )
+    fingerprint: str | None = field(
+        default=None, metadata={"help": "Filled in: fingerprint of the settings that the saved weights carry."}
     )
 
     def __post_init__(self) -> None:
@@ -222,9 +226,11 @@ class SealConfig(PeftConfig):
         config that never was in a model may be alone in its folder; `PeftConfig.from_pretrained` reads any config
         without asking for weights.
 
+        If the weights carry settings of another save than the config is of, these are returned, with a warning.
+
         Raises:
             ValueError: The weights file of a trained adapter is missing, is cut off or is not a safetensors file, or
-                holds scales that are not finite or not of the config's granularity.
+                holds scales that are not finite, not of the config's granularity, or for another base model.
         """
         folder = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
         finish_save(folder)
@@ -235,7 +241,9 @@ class SealConfig(PeftConfig):
             return config
         if os.path.isfile(weights):
             with safe_open(weights, framework="pt") as file:
-                keys = [key for key in file.keys() if key.endswith(".seal_delta.weight")]  # noqa: SIM118 (not a dict)
+                _, settings = take_settings({key: key for key in file.keys()})  # noqa: SIM118 (not a dict)
+                config = saved_config(config, file.get_tensor(settings) if settings else None, folder)
+                keys = [key for key in file.keys() if key.endswith(SCALES)]  # noqa: SIM118
                 if not keys and config.sites and config.heads:
                     raise ValueError(
                         f"The adapter file {weights} is cut off or damaged: it holds no scales. Save the adapter "

@@ -14,13 +14,18 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .weights import add_settings
+
+if TYPE_CHECKING:
+    from .config import SealConfig
 
 _UNFINISHED, _COMMITTED = ".saving-", ".saved"
 _CARD = "README.md"
@@ -82,6 +87,8 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: d
         The folder.
     """
     with _replacing(Path(folder)) as new:
+        if config.peft_type == "SEAL":
+            weights = add_settings(weights, cast("SealConfig", config))
         tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
         save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(new))
