@@ -19,9 +19,9 @@ from peft import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from faults import die, in_a_process_of_its_own
 from models import adapted, base_model, draw_scales, llama, logits, seal_layers
 from seal_peft import SealConfig, export_ia3, hotswap_adapter, save_adapter
-from test_saving import die, in_a_process_of_its_own
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings under which the same tensors mean something else.

@@ -167,9 +167,13 @@ def _replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
 
 
+def disk_is_full(error: Exception) -> bool:
+    """Tell whether something could not be written for lack of space, in whichever language it was tried."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+
+
 def _explained(error: Exception, folder: Path) -> OSError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-    if not full:
+    if not disk_is_full(error):
         return error if isinstance(error, OSError) else OSError(str(error))
     return OSError(
         errno.ENOSPC,
