@@ -233,7 +233,11 @@ class SealConfig(PeftConfig):
                 holds scales that are not finite, not of the config's granularity, or for another base model.
         """
         folder = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
-        finish_save(folder)
+        if finish_save(folder):  # the caller may have loaded the old one, as AutoPeftModel does before it comes here
+            raise ValueError(
+                f"A save into {folder} had been interrupted. It is complete now, but the adapter is for another base "
+                "model than the one before. Load it again, on its own base model."
+            )
         weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         check_weights_file(weights)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)

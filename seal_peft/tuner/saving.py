@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
@@ -95,20 +96,32 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: d
     return Path(folder)
 
 
-def finish_save(folder: str | os.PathLike[str]) -> None:
+def finish_save(folder: str | os.PathLike[str]) -> bool:
     """Complete a save that was interrupted after its files counted; do nothing if there is none.
+
+    Returns:
+        Whether the adapter is one of another base model now.
 
     Raises:
         OSError: The folder cannot be written to.
     """
     committed = Path(folder) / _COMMITTED
     if not committed.is_dir():
-        return
+        return False
+    before, after = (_base_named_in(files / CONFIG_NAME) for files in (Path(folder), committed))
     # The weights first: without its config a folder is no adapter to anyone. Two processes may do this at a time.
     for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, _CARD):
         with contextlib.suppress(FileNotFoundError):
             os.replace(committed / name, Path(folder) / name)
     shutil.rmtree(committed, ignore_errors=True)
+    return bool(before and after and before != after)
+
+
+def _base_named_in(config: Path) -> str | None:
+    try:
+        return cast(str | None, json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    except FileNotFoundError:
+        return None
 
 
 def discard_save(folder: str | os.PathLike[str]) -> None:

@@ -61,7 +61,7 @@ def _settings(config: SealConfig) -> dict[str, Any]:
     values = {name: getattr(config, name) for name in own}
     base = getattr(config, BASE)
     # A folder of somebody's machine should not come along when the weights are published.
-    values[BASE] = _digest(base.encode()) if base else None
+    values[BASE] = _digest(str(base).encode()) if base else None
     return cast(dict[str, Any], json.loads(json.dumps(values, default=sorted)))  # sets become lists
 
 
