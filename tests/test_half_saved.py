@@ -21,7 +21,7 @@ from torch import Tensor
 
 from faults import die, in_a_process_of_its_own
 from models import adapted, base_model, draw_scales, llama, logits, seal_layers
-from seal_peft import SealConfig, export_ia3, hotswap_adapter, save_adapter
+from seal_peft import SealConfig, export_ia3, hotswap_adapter, push, save_adapter
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # Settings under which the same tensors mean something else.
@@ -280,3 +280,9 @@ def test_settings_stay_out_of_other_formats(house, tmp_path):
     folder = export_ia3(house / "heads", tmp_path / "ia3")
     assert all(name.endswith(".ia3_l") for name in load_file(folder / WEIGHTS))
     assert os.path.getsize(house / "plain" / WEIGHTS) < 1000
+
+
+@mixed_up
+def test_files_of_two_saves_are_not_published(house, tmp_path):
+    with pytest.raises(ValueError, match="not that of the weights beside it. Load the adapter and save it again"):
+        push(beside(house / "rope", house / "plain", tmp_path), "me/mine", base_model="me/base")
