@@ -149,7 +149,12 @@ def _check_adapter(folder: Path) -> SealConfig:
         raise ValueError(f"{folder} is not an adapter folder: there is no {CONFIG_NAME} in it.")
     if saved.get("peft_type") != "SEAL":
         raise ValueError(f"{folder} holds an adapter of another method; push it with its own `push_to_hub`.")
-    return SealConfig.from_pretrained(str(folder))
+    config = SealConfig.from_pretrained(str(folder))
+    if config.fingerprint != saved.get("fingerprint"):
+        raise ValueError(
+            f"The config in {folder} is not that of the weights beside it. Load the adapter and save it again."
+        )
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:

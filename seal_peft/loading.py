@@ -13,7 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assets import public_id, resolve_model
-from .tuner.config import check_weights_file
+from .tuner.weights import check_weights_file
 
 logger = logging.getLogger(__name__)
 

@@ -22,6 +22,7 @@ from seal_peft import SealConfig, scales
 from seal_peft.data import read_samples
 from seal_peft.tokens import encode_training
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
+from seal_peft.tuner.weights import take_settings
 from stages import error_of, python, save_model, save_samples, seal
 
 SETTINGS: dict[str, Any] = {"learning_rate": 0.05, "max_steps": 6, "save_steps": 2, "disable_tqdm": True}
@@ -46,7 +47,7 @@ def uninterrupted(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+    return take_settings(load_file(folder / "adapter_model.safetensors"))[0]
 
 
 def assert_same_weights(folder: Path, other: Path) -> None:
