@@ -7,7 +7,7 @@ The layers are those that transformers checkpoints: a `GradientCheckpointingLaye
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -106,7 +106,7 @@ def run_layer(keep: Keep, products: Products, forward: Callable[..., Any], *args
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
 
 
-def set_runners(layers: list[GradientCheckpointingLayer], runners: list[Runner]) -> Callable[[], None]:
+def set_runners(layers: Sequence[GradientCheckpointingLayer], runners: Sequence[Runner]) -> Callable[[], None]:
     """Have every layer run by its runner while it trains; return a function that puts back what was set before."""
     before = [{name: layer.__dict__.get(name) for name in (_SWITCH, _FUNCTION)} for layer in layers]
     for layer, runner in zip(layers, runners, strict=True):

@@ -68,8 +68,11 @@ def measure_layers(model: nn.Module, rows: int, tokens: int) -> list[LayerCost]:
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             model.train()
-            input_ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
-            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+            batch = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long, device=device)}
+            if rows > 1:  # as most batches of several rows, with some padding, which asks for other kernels
+                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+                batch["attention_mask"][0, 0] = 0
+            model(**batch, use_cache=False, logits_to_keep=1)
     finally:
         model.train(training)
         restore()

@@ -54,7 +54,6 @@ class Plan:
         kept = sum(cost.of(keep) for cost, keep in zip(self.costs, keeps, strict=True))
         return round((kept + _ONE_LAYER * max(cost.everything for cost in self.costs)) * tokens / self.tokens)
 
-    @functools.cache  # noqa: B019: plans are few and small
     def choose(self, tokens: int) -> tuple[Keep, ...]:
         """Climb the ladder rung by rung, the upper layers first, whose memory the backward pass frees first."""
         first, *rungs = LADDER.values()
@@ -134,9 +133,11 @@ def apply_memory_policy(model: nn.Module, policy: Policy = "auto", *, tokens: in
         return AppliedMemory(policy, f"low: {_NAMES[keep]}", None, set_runners(layers, runners))
     plan = Plan(tuple(measure_layers(model, rows, tokens)), rows * tokens, free_memory(model))
 
+    choose = functools.cache(plan.choose)
+
     def run(index: int, forward: Callable[..., Any], *args: Any) -> Any:
         hidden = args[0]
-        keep = plan.choose(hidden.shape[0] * hidden.shape[1])[index]
+        keep = choose(hidden.shape[0] * hidden.shape[1])[index]
         return run_layer(keep, plan.costs[index].products, forward, *args)
 
     restore = set_runners(layers, [functools.partial(run, index) for index in range(len(layers))])
