@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -54,8 +55,8 @@ def measure_layers(model: nn.Module, rows: int, tokens: int) -> list[LayerCost]:
     costs = [LayerCost()] * len(layers)
 
     def run(index: int, forward: partial[Any], *args: Any) -> Any:
-        given = [x for x in tree_leaves((args, forward.keywords)) if isinstance(x, Tensor)]
-        counter = _Counter(weights | {x.untyped_storage().data_ptr() for x in given})
+        shared = [x for x in tree_leaves((args[1:], forward.keywords)) if isinstance(x, Tensor)]
+        counter = _Counter(weights | {x.untyped_storage().data_ptr() for x in shared})
         with torch.enable_grad(), saved_tensors_hooks(counter.save, lambda x: x), counter:
             out = forward(*args)
         if counter.saved:
@@ -98,7 +99,7 @@ class _Counter(TorchDispatchMode):
     def __init__(self, known: set[int]) -> None:
         super().__init__()
         self.known = known
-        self.saved: dict[int, int] = {}
+        self.saved: dict[int, tuple[StorageWeakRef, int]] = {}
         self.outputs: dict[str, list[_Output]] = {"attention": [], "matmuls": []}
         self.needed = {"attention": 0, "matmuls": 0}
 
@@ -111,7 +112,7 @@ class _Counter(TorchDispatchMode):
     def save(self, x: Tensor) -> Tensor:
         storage = x.untyped_storage()
         if storage.data_ptr() not in self.known:
-            self.saved[storage.data_ptr()] = storage.nbytes()
+            self.saved[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         # Recomputing ends with the last saved tensor: what comes later, such as a last projection, never runs again.
         self.needed = {kind: len(outputs) for kind, outputs in self.outputs.items()}
         return x
@@ -123,4 +124,4 @@ class _Counter(TorchDispatchMode):
             needed = outputs[: self.needed[kind]]
             places[kind] = frozenset(place for place, output in enumerate(needed) if output.is_untouched())
             nbytes[kind] = sum(outputs[place].nbytes for place in places[kind])
-        return LayerCost(inputs, **nbytes, everything=sum(self.saved.values()), products=Products(**places))
+        return LayerCost(inputs, **nbytes, everything=sum(n for ref, n in self.saved.values() if not ref.expired()), products=Products(**places))
