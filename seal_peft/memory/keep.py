@@ -106,11 +106,15 @@ def run_layer(keep: Keep, products: Products, forward: Callable[..., Any], *args
         return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts)
 
 
-def set_runners(layers: Sequence[GradientCheckpointingLayer], runners: Sequence[Runner]) -> Callable[[], None]:
-    """Have every layer run by its runner while it trains; return a function that puts back what was set before."""
+def set_runners(layers: Sequence[GradientCheckpointingLayer], runners: Sequence[Runner | None]) -> Callable[[], None]:
+    """Have every layer run by its runner while it trains, or by itself where that is `None`.
+
+    Returns:
+        A function that puts back what was set before.
+    """
     before = [{name: layer.__dict__.get(name) for name in (_SWITCH, _FUNCTION)} for layer in layers]
     for layer, runner in zip(layers, runners, strict=True):
-        setattr(layer, _SWITCH, True)
+        setattr(layer, _SWITCH, runner is not None)
         setattr(layer, _FUNCTION, runner)
 
     def restore() -> None:

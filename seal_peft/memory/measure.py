@@ -124,4 +124,5 @@ class _Counter(TorchDispatchMode):
             needed = outputs[: self.needed[kind]]
             places[kind] = frozenset(place for place, output in enumerate(needed) if output.is_untouched())
             nbytes[kind] = sum(outputs[place].nbytes for place in places[kind])
-        return LayerCost(inputs, **nbytes, everything=sum(n for ref, n in self.saved.values() if not ref.expired()), products=Products(**places))
+        everything = sum(size for storage, size in self.saved.values() if not storage.expired())
+        return LayerCost(inputs, **nbytes, everything=everything, products=Products(**places))

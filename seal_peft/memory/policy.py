@@ -76,16 +76,13 @@ class AppliedMemory:
         policy: Its name.
         summary: What it chose and why, in a line.
         plan: For `auto`, the measurement behind it.
+        restore: Puts back how the model was checkpointed before.
     """
 
     policy: Policy
     summary: str
-    plan: Plan | None = None
-    _restore: Callable[[], None] = field(default=lambda: None, repr=False)
-
-    def restore(self) -> None:
-        """Put back how the model was checkpointed before."""
-        self._restore()
+    plan: Plan | None
+    restore: Callable[[], None] = field(repr=False)
 
 
 def apply_memory_policy(model: nn.Module, policy: Policy = "auto", *, tokens: int = 0, rows: int = 1) -> AppliedMemory:
@@ -119,20 +116,18 @@ def apply_memory_policy(model: nn.Module, policy: Policy = "auto", *, tokens: in
         raise ValueError(f"memory policy {policy!r} is not known. Use one of: {', '.join(get_args(Policy))}.")
     if policy == "auto" and (tokens < 1 or rows < 1):
         raise ValueError(f"tokens={tokens} and rows={rows} were given; `auto` needs the size of the largest batch.")
-    if policy == "fast":
-        return AppliedMemory(policy, "fast: every layer keeps all")
     layers = find_layers(model)
+    if policy == "fast" or (policy == "auto" and not layers):
+        why = "" if layers else ", since transformers cannot checkpoint this model"
+        restore = set_runners(layers, [None] * len(layers))
+        return AppliedMemory(policy, f"{policy}: all layers keep all{why}", None, restore)
     if not layers:
-        raise ValueError(
-            f"The layers of {type(model).__name__} are not of the kind that transformers can checkpoint. Use the "
-            "memory policy `fast`."
-        )
+        raise ValueError("transformers cannot checkpoint the layers of this model. Use the memory policy `fast`.")
     if policy == "low":
         keep = LADDER["recompute all, inputs in host memory"]
-        runners = [functools.partial(run_layer, keep, Products())] * len(layers)
-        return AppliedMemory(policy, f"low: {_NAMES[keep]}", None, set_runners(layers, runners))
+        restore = set_runners(layers, [functools.partial(run_layer, keep, Products())] * len(layers))
+        return AppliedMemory(policy, f"low: all layers {_NAMES[keep]}", None, restore)
     plan = Plan(tuple(measure_layers(model, rows, tokens)), rows * tokens, free_memory(model))
-
     choose = functools.cache(plan.choose)
 
     def run(index: int, forward: Callable[..., Any], *args: Any) -> Any:
