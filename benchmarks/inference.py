@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from shapes import random_model
 from switch import QKVO, Switch
 from timing import interleaved, summary
@@ -25,27 +25,34 @@ from seal_peft.provenance import provenance
 METHODS = {
     "seal-h": lambda: seal_peft.SealConfig(granularity="head", init_weights=False),
     "seal-c": lambda: seal_peft.SealConfig(granularity="channel", init_weights=False),
+    "seal-h and query": lambda: seal_peft.SealConfig(sites=("output", "query"), init_weights=False),
     "ia3 on the input of o_proj": lambda: IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]),
     "lora r=4 q,k,v,o": lambda: LoraConfig(r=4, target_modules=QKVO, init_lora_weights=False),
 }
 
 
 def make_switch(model: nn.Module) -> Switch:
-    """Build all systems: the base, the adapters, and SEAL-C merged."""
+    """Build all systems: the base, the adapters, and SEAL merged."""
     switch = Switch(model, METHODS)
     for modules in switch.wrapped.values():
         for module in modules.values():
             module.eval().requires_grad_(False)
-    merged = get_peft_model(model, METHODS["seal-c"]()).eval()
+    for name in ("seal-h", "seal-c"):
+        switch.wrapped[f"{name} merged"] = merge(switch, METHODS[name]())
+    return switch
+
+
+def merge(switch: Switch, config: PeftConfig) -> dict[str, nn.Module]:
+    """Return plain projections with an adapter's scales in their weights."""
+    merged = get_peft_model(switch.model, config).eval()
     merged.merge_adapter()
     plain = copy.copy(switch.wrapped["base"])
     for path, module in switch.projections().items():
         if hasattr(module, "get_base_layer"):
             plain[path] = copy.deepcopy(module.get_base_layer())
     merged.unmerge_adapter()
-    switch.wrapped["seal-c merged"] = plain
     switch.undress()
-    return switch
+    return plain
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
