@@ -40,6 +40,7 @@ from seal_peft.memory.policy import LADDER, apply_memory_policy
 from seal_peft.provenance import provenance
 
 LABELS = 20
+SEEDS = {"weights": 0, "tokens": "the length"}
 FLOOR = "frozen floor"
 METHODS: dict[str, Callable[[], Any]] = {
     "seal-h": lambda: SealConfig(granularity="head"),
@@ -121,18 +122,19 @@ class Bench:
         return ids.to(self.device)
 
 
-Policy = Callable[[Bench, int], Callable[[], None]]
+# Puts itself in force for batches of one row of so many tokens; returns what it chose, and how to take it back.
+Policy = Callable[[Bench, int], tuple[str | None, Callable[[], None]]]
 
 
 def keep_all_layers(keep: Keep, measured: bool = False) -> Policy:
     """Make a policy that keeps the same in every layer."""
 
-    def apply(bench: Bench, length: int) -> Callable[[], None]:
+    def apply(bench: Bench, length: int) -> tuple[None, Callable[[], None]]:
         layers = find_layers(bench.model)
         products = [Products()] * len(layers)
         if measured:
             products = [cost.products for cost in measure_layers(bench.model, 1, min(length, 256))]
-        return set_runners(layers, [partial(run_layer, keep, product) for product in products])
+        return None, set_runners(layers, [partial(run_layer, keep, product) for product in products])
 
     return apply
 
@@ -140,22 +142,21 @@ def keep_all_layers(keep: Keep, measured: bool = False) -> Policy:
 def upstream(**settings: Any) -> Policy:
     """Make a policy of transformers' own checkpointing."""
 
-    def apply(bench: Bench, length: int) -> Callable[[], None]:
+    def apply(bench: Bench, length: int) -> tuple[None, Callable[[], None]]:
         layers = find_layers(bench.model)
         restore = set_runners(layers, [run_layer] * len(layers))  # remembers what was set
         enable = getattr(bench.model, "activation_checkpointing_enable", bench.model.gradient_checkpointing_enable)
         enable(**settings)
         bench.model.disable_input_require_grads()  # as in all other policies, no graph below the lowest scale
-        return restore
+        return None, restore
 
     return apply
 
 
-def automatic(bench: Bench, length: int) -> Callable[[], None]:
-    """Apply the package's policy `auto` and print what it chose."""
+def automatic(bench: Bench, length: int) -> tuple[str, Callable[[], None]]:
+    """Apply the package's policy `auto`."""
     applied = apply_memory_policy(bench.model, "auto", tokens=length)
-    print(f"  {applied.summary}", flush=True)
-    return applied.restore
+    return applied.summary, applied.restore
 
 
 RECOMPUTE = "recompute all"
@@ -185,16 +186,17 @@ def rounds(bench: Bench, runs: dict[str, tuple[str, Policy]], length: int, repea
                 continue
             bench.wear(system)
             free_all()
-            restore = policy(bench, length)
+            resident = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+            chosen, restore = policy(bench, length)
             try:
                 step = partial(bench.step, system, input_ids)
                 bench.step(system, warm_up)
                 reset_peak()
                 times[name].append(milliseconds(step, min(8, max(1, 16_384 // length))))
-                rows[name] = peak() | {"fits": True}
+                rows[name] = peak() | {"resident_bytes": resident, "chosen": chosen, "fits": True}
                 gradients[name] = torch.cat([p.grad.flatten().float() for p in bench.trained()])
             except torch.OutOfMemoryError:
-                rows[name] = {"fits": False}
+                rows[name] = {"resident_bytes": resident, "chosen": chosen, "fits": False}
             restore()
             bench.optimizers[system].zero_grad()
             print(f"  {name:<40} {times[name][-1:]} {rows[name]}", flush=True)
@@ -303,7 +305,7 @@ def main() -> None:
             raise SystemExit(f"{arguments.output} holds another model; give another --output.")
     source = provenance()
     record["runs"].append(
-        {"arguments": vars(arguments), **source, "commit": arguments.commit or source["commit"], "seeds": "by length"}
+        {"arguments": vars(arguments), **source, "commit": arguments.commit or source["commit"], "seeds": SEEDS}
     )
     for length, part, rows in measure(arguments):
         parts = record["results"].setdefault(str(length), {})
