@@ -201,6 +201,8 @@ def rounds(bench: Bench, runs: dict[str, tuple[str, Policy]], length: int, repea
             bench.optimizers[system].zero_grad()
             print(f"  {name:<40} {times[name][-1:]} {rows[name]}", flush=True)
     fitting = {name: values for name, values in times.items() if rows[name]["fits"]}
+    if not fitting:
+        return rows
     first = next(iter(fitting))
     return {
         name: rows[name]

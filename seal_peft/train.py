@@ -233,7 +233,7 @@ def _apply_memory(trainer: Trainer, policy: Policy | None, tokens: int) -> str |
     rows = trainer.args.per_device_train_batch_size
     summary = apply_memory_policy(model, policy or "auto", tokens=tokens, rows=rows).summary
     if trainer.is_world_process_zero():
-        logger.info("Memory %s.", summary)
+        logger.info("Memory policy %s.", summary)
     return summary
 
 

@@ -216,7 +216,8 @@ def test_every_policy_gives_the_same_gradients_and_can_be_taken_back(policy, mon
 def test_auto_says_what_it_chose_and_why(monkeypatch):
     model = trained()
     give_memory(monkeypatch, 2**30)
-    assert apply_memory_policy(model, tokens=40).summary == "auto: at 40 tokens 2 of 2 layers keep all; 0.0 of 1.0 GiB"
+    summary = apply_memory_policy(model, tokens=40).summary
+    assert summary == "auto: at 40 tokens 2 of 2 layers keep all; takes 0.0 of 1.0 GiB"
     give_memory(monkeypatch, 0)
     summary = apply_memory_policy(model, tokens=40).summary
     assert "2 of 2 layers recompute all, inputs in host memory" in summary

@@ -32,7 +32,7 @@ _NAMES = {keep: name for name, keep in LADDER.items()}
 # full once it is recomputed, and with it the gradients of its widest tensors.
 _ONE_LAYER = 1.75
 # Share of the memory for what nothing counts: fragments, libraries' workspaces, the optimiser, logits.
-_MARGIN = 0.06
+_MARGIN = 0.08
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _describe(plan: Plan) -> str:
     keeps = plan.choose(plan.tokens)
     parts = ", ".join(f"{count} of {len(keeps)} layers {_NAMES[keep]}" for keep, count in Counter(keeps).items())
     need = plan.bytes_for(keeps, plan.tokens)
-    text = f"auto: at {plan.tokens:,} tokens {parts}; {need / 2**30:.1f} of {plan.budget / 2**30:.1f} GiB"
+    text = f"auto: at {plan.tokens:,} tokens {parts}; takes {need / 2**30:.1f} of {plan.budget / 2**30:.1f} GiB"
     return text if need <= plan.budget else f"{text}, so it may not fit"
 
 
