@@ -173,6 +173,10 @@ POLICIES: dict[str, Policy] = {
 }
 
 
+def no_policy() -> None:
+    """Take nothing back."""
+
+
 def rounds(bench: Bench, runs: dict[str, tuple[str, Policy]], length: int, repeats: int) -> dict[str, Any]:
     """Time systems under policies in turn; each turn is warmed up by a step of its own, and may not fit."""
     input_ids = bench.tokens(length)
@@ -187,8 +191,9 @@ def rounds(bench: Bench, runs: dict[str, tuple[str, Policy]], length: int, repea
             bench.wear(system)
             free_all()
             resident = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
-            chosen, restore = policy(bench, length)
+            chosen, restore = None, no_policy
             try:
+                chosen, restore = policy(bench, length)
                 step = partial(bench.step, system, input_ids)
                 bench.step(system, warm_up)
                 reset_peak()
@@ -213,8 +218,8 @@ def rounds(bench: Bench, runs: dict[str, tuple[str, Policy]], length: int, repea
 
 
 def difference(gradient: Tensor, reference: Tensor) -> float | None:
-    """Return the relative difference of two gradients of the same adapter."""
-    if gradient.shape != reference.shape:
+    """Return the relative difference of two gradients of the same adapter; the floor and other adapters have none."""
+    if gradient.shape != reference.shape or not reference.any():
         return None
     return ((gradient - reference).norm() / reference.norm()).item()
 
