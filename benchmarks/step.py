@@ -204,7 +204,9 @@ def rounds(bench: Bench, runs: dict[str, tuple[str, Policy]], length: int, repea
                 rows[name] = {"resident_bytes": resident, "chosen": chosen, "fits": False}
             restore()
             bench.optimizers[system].zero_grad()
-            print(f"  {name:<40} {times[name][-1:]} {rows[name]}", flush=True)
+            print(
+                f"  {name:<40} {f'{times[name][-1]:10.1f} ms' if rows[name]['fits'] else 'does not fit'}", flush=True
+            )
     fitting = {name: values for name, values in times.items() if rows[name]["fits"]}
     if not fitting:
         return rows
