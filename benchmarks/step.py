@@ -189,8 +189,6 @@ def rounds(bench: Bench, runs: dict[str, tuple[str, Policy]], length: int, repea
     """Time systems under policies in turn; each turn is warmed up by a step of its own, and may not fit."""
     input_ids = bench.tokens(length)
     warm_up = input_ids if length <= WARM_UP else bench.tokens(2048)
-    if length > WARM_UP and torch.cuda.is_available() and len({system for system, _ in runs.values()}) == 1:
-        pin_host_memory(bench, length)  # the policies', which a short warm-up does not ask for
     times: dict[str, list[float]] = {name: [] for name in runs}
     rows: dict[str, Any] = {name: {} for name in runs}
     gradients: dict[str, Tensor] = {}
@@ -265,6 +263,8 @@ def measure(arguments: argparse.Namespace) -> Iterator[tuple[int, str, dict[str,
         if "rates" in arguments.parts:
             yield length, "rates", measure_rates(bench.model.config, length, LABELS, device, arguments.repeats)
         for part, runs in choose(arguments):
+            if part == "policies" and length > WARM_UP and device == "cuda":
+                pin_host_memory(bench, length)  # a short warm-up would not
             with sdpa_kernel(BACKENDS[arguments.attention]) if suffix else nullcontext():
                 yield length, part + suffix, rounds(bench, runs, length, arguments.repeats)
 
