@@ -114,7 +114,9 @@ def test_ends_are_padded_to_large_products_and_never_past_the_positions_of_the_m
     for free in (100, 1, 0):
         model.config.max_position_embeddings = length + free
         seen = []
-        handle = find_heads(model).blocks[0].register_forward_hook(lambda m, args, out, s=seen: s.append(args[0].shape))
+        handle = (
+            find_heads(model).blocks[0].register_forward_hook(lambda m, args, out, s=seen: s.append(args[0].shape))
+        )
         found = pruning_map(find_heads(model), rows, batch_tokens=1).logprob
         handle.remove()
         assert_close(found, prune_slowly(model, rows, ARCHITECTURES[name].projections))
