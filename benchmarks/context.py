@@ -151,16 +151,14 @@ def ask(arguments: argparse.Namespace, task: str, folder: Path) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Train and ask the chosen systems, in worker processes."""
-    claims = arguments.folder / "claims"
-    claims.mkdir(exist_ok=True)
-    for claim in claims.iterdir():
+    for claim in (arguments.folder / "claims").glob("*"):
         claim.unlink()
     gpus = max(1, torch.cuda.device_count())
     command = [sys.executable, __file__, "work", *sys.argv[2:]]
-    running = [
-        subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)})
-        for number in range(arguments.workers)
-    ]
+    running = []
+    for number in range(arguments.workers):
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus), "OMP_NUM_THREADS": "1"}
+        running.append(subprocess.Popen(command, env=environment))
     try:
         if any([process.wait() for process in running]):
             sys.exit("A worker failed; the same command goes on from what is finished.")
@@ -171,7 +169,6 @@ def run(arguments: argparse.Namespace) -> None:
 
 def work(arguments: argparse.Namespace) -> None:
     """Do a share of the tasks and systems."""
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.workers))
     for task, system in claimed(arguments):
         folder, started = arguments.folder / task / system, time.monotonic()
         if not adapter_is_there(folder / "adapter", system):
@@ -183,10 +180,12 @@ def work(arguments: argparse.Namespace) -> None:
 
 def claimed(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
     """Yield the tasks and systems that no other process has begun in this call."""
+    claims = arguments.folder / "claims"
+    claims.mkdir(exist_ok=True)
     jobs = [(task, system) for task in arguments.tasks for system in arguments.systems]
     for task, system in sorted(jobs, key=by_cost):
         try:
-            (arguments.folder / "claims" / f"{task}-{system}").touch(exist_ok=False)
+            (claims / f"{task}-{system}").touch(exist_ok=False)
         except FileExistsError:
             continue
         yield task, system

@@ -35,7 +35,9 @@ def answers_together(
     """
     width = len(prompts[0])
     cache = DynamicCache()
-    model(input_ids=torch.tensor([prompts[0][:1]], device=model.device))  # dynamic RoPE forgets longer prompts before
+    token = torch.tensor([prompts[0][:1]], device=model.device)
+    model(input_ids=token)  # dynamic RoPE forgets longer prompts of before
+    model(input_ids=token, position_ids=torch.tensor([[width - 1]], device=model.device))  # and learns of the longest
     for row, prompt in enumerate(prompts):
         ids = torch.tensor([prompt[:-1]], device=model.device)
         read = model(input_ids=ids, past_key_values=DynamicCache(), use_cache=True, logits_to_keep=1).past_key_values
