@@ -1,7 +1,7 @@
 """SEAL on top of context extension, in the shape of the paper's table 2: SmolLM2 (8K native) from 4K to 32K tokens.
 
 Every extension answers alone, under SEAL-C, and under SEAL-C with temperatures; all are trained on the same samples,
-of mixed lengths up to 31K. Three steps, each of which goes on where it was interrupted:
+of mixed lengths up to 31K. Three steps, each of which goes on where it was interrupted; without one, all of them:
 
     python benchmarks/context.py data  --folder runs/context            # CPU; needs the tokenizer and the essays only
     python benchmarks/context.py run   --folder runs/context --workers 8
@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> None:
     for claim in (arguments.folder / "claims").glob("*"):
         claim.unlink()
     gpus = max(1, torch.cuda.device_count())
-    command = [sys.executable, __file__, "work", *sys.argv[2:]]
+    command = [sys.executable, __file__, "work", *(word for word in sys.argv[1:] if word != arguments.step)]
     running = []
     for number in range(arguments.workers):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus), "OMP_NUM_THREADS": "1"}
@@ -194,8 +194,8 @@ def claimed(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
 def main() -> None:
     """Do one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["data", "run", "work", "merge"])
-    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("step", nargs="?", choices=["data", "run", "work", "merge"])
+    parser.add_argument("--folder", type=Path, default=Path("runs/context"))
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
@@ -214,7 +214,9 @@ def main() -> None:
     parser.add_argument("--output", default="results/context-smollm2.json")
     parser.add_argument("--picture", type=Path, help="default: beside the output")
     arguments = parser.parse_args()
-    {"data": make_data, "run": run, "work": work, "merge": merge}[arguments.step](arguments)
+    steps = {"data": make_data, "run": run, "work": work, "merge": merge}
+    for step in [arguments.step] if arguments.step else ("data", "run", "merge"):
+        steps[step](arguments)
 
 
 if __name__ == "__main__":
