@@ -442,8 +442,10 @@ EVERY = {
 }
 
 
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("scales", [True, False])
+BARE = ("ntk", "longrope", "each layer type", "part of the channels")
+
+
+@pytest.mark.parametrize(("name", "scales"), [*((name, True) for name in EVERY), *((name, False) for name in BARE)])
 def test_every_type_is_loaded_and_undone_bit_for_bit_and_merged(name, scales, tmp_path):
     build, request_ = EVERY[name]
     plain = logits(build())
