@@ -27,12 +27,12 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .card import write_card
 from .data import check_window, read_samples
 from .files import write_json
-from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
+from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype, read_adapter
 from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .reach import reach
 from .tokens import AnswerCollator, encode_training
-from .tuner import SealConfig, save_adapter, scales
+from .tuner import SealConfig, hotswap_adapter, save_adapter, scales
 from .tuner.config import Granularity, check_sites
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
@@ -75,6 +75,10 @@ class TrainArguments:
     target_heads: list[str] | None = field(
         default=None,
         metadata={"help": "Heads that get a scale, such as L14H7; `seal-peft heads` names them. Default: all."},
+    )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Start from the scales of this adapter, which has the same sites and granularity."},
     )
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Layers to adapt. Default: all."})
     rope_parameters: str | None = field(
@@ -182,6 +186,9 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
         adapted = get_peft_model(skeleton, copy.deepcopy(config))
+    if arguments.init_adapter is not None:
+        read_adapter(arguments.init_adapter)
+        hotswap_adapter(adapted, arguments.init_adapter)
     check_window(skeleton.config, max(len(row["input_ids"]) for row in rows), reach(adapted))
 
     output_dir = Path(training_arguments.output_dir)
@@ -190,6 +197,8 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     base = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     base.config.use_cache = False
     model = get_peft_model(base, config)
+    if arguments.init_adapter is not None:
+        hotswap_adapter(model, arguments.init_adapter)
     trainer = Trainer(
         model=model,
         args=training_arguments,

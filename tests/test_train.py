@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 import models
 from seal_peft import SealConfig, scales
 from seal_peft.data import read_samples
+from seal_peft.heads import find_heads, save_head_scales
 from seal_peft.tokens import encode_training
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
 from seal_peft.tuner.weights import take_settings
@@ -42,6 +43,37 @@ def train_in(
     files = (str(house / "model"), str(house / "train.jsonl"))
     arguments = TrainArguments(*files, granularity, dtype="float32", memory=memory)
     return train(arguments, SealTrainingArguments(output_dir=str(folder), **{**SETTINGS, **changes}))
+
+
+def test_it_starts_from_the_scales_of_another_adapter(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = find_heads(AutoModelForCausalLM.from_pretrained(house / "model"))
+    chosen = torch.linspace(0.8, 1.2, 8).view(2, 4)
+    save_head_scales(heads, chosen, tmp_path / "chosen")
+    words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl", "--max_steps", 1]
+    words += [
+        "--init_adapter",
+        tmp_path / "chosen",
+        "--dtype",
+        "float32",
+        "--disable_tqdm",
+        "true",
+        "--warmup_steps",
+        0,
+    ]
+    assert seal(*words, "--granularity", "head", "--learning_rate", 1e-4, "--output_dir", tmp_path / "out") == 0
+    for own, wanted in zip(scales(tmp_path / "out").values(), chosen, strict=True):
+        assert 0 < (own - wanted).abs().max() < 2e-4
+    # What does not fit is refused before the model is loaded.
+    save_model(tmp_path / "model", weights=False)
+    words[2] = tmp_path / "model"
+    assert seal(*words, "--granularity", "channel", "--output_dir", tmp_path / "no") == 1
+    assert "granularity must be the same" in error_of(capsys)
+    words[words.index(tmp_path / "chosen")] = tmp_path / "nowhere"
+    assert seal(*words, "--output_dir", tmp_path / "no") == 1
+    assert "is not an adapter" in error_of(capsys)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..data import check_window, read_samples
 from ..loading import (
@@ -183,6 +183,11 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
 def _check_model(arguments: HeadsArguments, longest: int) -> None:
     """Find out without the weights whether model and adapter fit each other and the samples, and name the heads."""
     config, window = load_config(arguments.model_name_or_path), None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise ValueError(
+            f"{arguments.model_name_or_path} is a {config.model_type} model, which transformers does not load as a "
+            "language model that predicts the next token. These scores are about such models only."
+        )
     if arguments.adapter:
         if not isinstance(read_adapter(arguments.adapter), SealConfig):
             raise ValueError(f"{arguments.adapter} is no SEAL adapter: no scales to stand beside the scores.")
