@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -107,6 +108,18 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
                 raise ValueError(f"{path}, line {number}: the id {sample.id!r} is already that of line {first}.")
             samples.append(sample)
     return samples
+
+
+def prompt_hash(sample: Sample) -> str:
+    """Return a short name of what a sample asks, by which it is found again in other files.
+
+    Args:
+        sample: Its turns count, nothing else.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(sample.messages, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def window_of(model_config: PretrainedConfig) -> int | None:

@@ -155,7 +155,8 @@ def test_training_leaves_our_card_and_training_again_rewrites_it(house: Path, tm
     assert text == render_card(house / "adapter", run_of(house), CardFacts())
     adapter = shutil.copytree(house / "adapter", tmp_path / "adapter")
     words = ["--model_name_or_path", house / "model", "--train_file", house / "train.jsonl", "--granularity", "head"]
-    assert seal("train", *words, "--output_dir", adapter, "--max_steps", 1, "--disable_tqdm", "true") == 0
+    words += ["--output_dir", adapter, "--overwrite_output_dir", "--max_steps", 1, "--disable_tqdm", "true"]
+    assert seal("train", *words) == 0
     again = (adapter / "README.md").read_text()
     assert "SEAL-H" in again
     assert "SEAL-C" not in again

@@ -20,8 +20,9 @@ import models
 import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
 from seal_peft import SealConfig, assets
-from seal_peft.data import read_samples
+from seal_peft.data import prompt_hash, read_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
+from seal_peft.files import write_json
 from seal_peft.loading import load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
@@ -295,6 +296,14 @@ def test_the_guard_measures_every_system_on_the_same_text_and_once(
     assert rows_of(tmp_path) == rows
     assert "guard" not in evaluate_in(roomy, tmp_path, systems, **settings)
     assert rows_of(tmp_path) == own_rows
+
+
+def test_samples_that_an_adapter_was_trained_on_are_refused(own_house: Path, refused) -> None:
+    trained_on = [prompt_hash(sample) for sample in read_samples(own_house / "test.jsonl")[1:3]]
+    write_json(own_house / "seal" / "run.json", {"prompt_hashes": ["0" * 16, *trained_on]})
+    error = refused("--adapters", own_house / "lora", f"ours={own_house / 'seal'}")
+    assert re.search(r"2 of the 6 samples in .*test.jsonl \(lines 2, 3\) were in the training data of 'ours'", error)
+    assert "make-data --split test" in error
 
 
 # --- the window ----------------------------------------------------------------------------------------------------
