@@ -141,6 +141,7 @@ def run(page: str, names: dict, folder: Path) -> dict:
 @pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning")
 @pytest.mark.filterwarnings("ignore:Use 'content=<...>':DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:Merging lora module:UserWarning")
+@pytest.mark.filterwarnings("ignore:The base model of this adapter is a folder of this machine:UserWarning")
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page) and page not in ELSEWHERE])
 def test_the_code_of_the_page_runs(page: str, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:

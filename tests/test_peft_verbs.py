@@ -239,7 +239,8 @@ def test_seal_is_a_member_of_the_enum_like_any_other():
 
 def test_registering_again_changes_nothing():
     before = (list(PeftType), dict(peft.PEFT_TYPE_TO_CONFIG_MAPPING), dict(peft.PEFT_TYPE_TO_TUNER_MAPPING))
-    seal_peft.tuner.register()
+    seal_peft.tuner.register(print)
+    assert SealConfig.describe is not print
     assert before == (list(PeftType), dict(peft.PEFT_TYPE_TO_CONFIG_MAPPING), dict(peft.PEFT_TYPE_TO_TUNER_MAPPING))
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SEAL] is SealConfig
 
@@ -250,7 +251,7 @@ def test_a_method_of_the_same_name_is_not_overwritten(monkeypatch):
 
     monkeypatch.setitem(peft.PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.SEAL, Other)
     with pytest.raises(RuntimeError, match=r"already has a method named SEAL \(.*Other\).*import only one of the two"):
-        seal_peft.tuner.register()
+        seal_peft.tuner.register(print)
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SEAL] is Other
 
 

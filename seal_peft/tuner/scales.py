@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .config import check_weights_file
@@ -72,16 +72,19 @@ def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _from_folder(folder: Path) -> dict[str, Tensor]:
     finish_save(folder)
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
+    path, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    if path.is_file():
+        check_weights_file(str(path))
+        tensors = load_file(path)
+    elif pickled.is_file():  # `save_pretrained(..., safe_serialization=False)`
+        path, tensors = pickled, torch.load(pickled, map_location="cpu", weights_only=True)
+    else:
         raise ValueError(f"{folder} is not an adapter folder: there is no {SAFETENSORS_WEIGHTS_NAME} in it.")
-    check_weights_file(str(path))
-    with safe_open(path, framework="pt") as file:
-        found = {
-            key.removeprefix(_KEY_PREFIX).removesuffix(_KEY_SUFFIX): 1 + file.get_tensor(key).to(torch.float32)
-            for key in file.keys()  # noqa: SIM118 (not a dict)
-            if key.endswith(_KEY_SUFFIX)
-        }
+    found = {
+        key.removeprefix(_KEY_PREFIX).removesuffix(_KEY_SUFFIX): 1 + value.to(torch.float32)
+        for key, value in tensors.items()
+        if key.endswith(_KEY_SUFFIX)
+    }
     if not found:
         raise ValueError(f"{path} holds no SEAL scales; is it an adapter of another method?")
     return found
