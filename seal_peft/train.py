@@ -16,18 +16,16 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import get_peft_model
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from .card import write_card
-from .data import check_window, prompt_hash, read_samples
+from .data import prompt_hash, read_samples
+from .dataset import training_rows
 from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
 from .provenance import provenance
-from .reach import reach
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
-from .tasks import Sample
-from .tokens import AnswerCollator, encode_training
+from .tokens import AnswerCollator
 from .tuner import SealConfig, save_adapter, scales
 from .tuner.config import Granularity, check_sites
 
@@ -141,7 +139,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         ValueError: Bad rows, samples of the test split or longer than the model's window, a finished adapter or an
             unfinished training with other settings in the output folder; raised before the model is loaded.
     """
-    samples = _read_train_file(arguments.train_file)
+    samples = read_samples(arguments.train_file)
     config = SealConfig(
         task_type="CAUSAL_LM",
         granularity=arguments.granularity if "output" in arguments.sites else "head",
@@ -158,12 +156,10 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         output_dir, settings, arguments.overwrite_output_dir
     )
     model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
-    progress = tqdm(samples, desc="Tokenising", unit="sample", delay=1.0)
-    rows = [encode_training(sample, tokenizer) for sample in progress]
     with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
         adapted = get_peft_model(skeleton, copy.deepcopy(config))
-    check_window(skeleton.config, max(len(row["input_ids"]) for row in rows), reach(adapted))
+    rows = training_rows(samples, tokenizer, adapted)
 
     base = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     base.config.use_cache = False
@@ -205,20 +201,6 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
-
-
-def _read_train_file(path: str) -> list[Sample]:
-    """Read the samples, and make sure that none is for testing."""
-    samples = read_samples(path)
-    if not samples:
-        raise ValueError(f"{path} holds no samples. Make some with `seal-peft make-data`.")
-    for line, sample in enumerate(samples, start=1):
-        if sample.meta.get("split") == "test":
-            raise ValueError(
-                f"{path}, line {line}: the sample is of the test split, and after training on it no score on the test "
-                "split would be worth anything. Make training samples with `seal-peft make-data --split train`."
-            )
-    return samples
 
 
 def _from_json(name: str, text: str | None) -> Any:

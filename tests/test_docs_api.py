@@ -18,7 +18,13 @@ from test_docs_code import furnished, workplace  # noqa: F401 (fixtures)
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 PUBLIC = [name for name in seal_peft.__all__ if name != "__version__"]
-WITH_EXAMPLE = [*PUBLIC, "context.rope.apply_rope", "context.rope.read_rope", "tokens.AnswerCollator"]
+WITH_EXAMPLE = [
+    *PUBLIC,
+    "context.rope.apply_rope",
+    "context.rope.read_rope",
+    "tokens.AnswerCollator",
+    "dataset.training_rows",
+]
 
 
 def text(page: str) -> str:

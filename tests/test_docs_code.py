@@ -119,7 +119,10 @@ def run_shell(line: str, model: Path) -> None:
         words[start:end] = ["1000"]
     if "--num_samples" in words:
         words[words.index("--num_samples") + 1] = "2"
-    words += {"train": ["--max_steps", "1"], "evaluate": ["--max_new_tokens", "2"]}.get(stage, [])
+    # Lines of a page are alternatives, and may name one folder.
+    words += {"train": ["--max_steps", "1", "--overwrite_output_dir"], "evaluate": ["--max_new_tokens", "2"]}.get(
+        stage, []
+    )
     if stage == "push" and "--base_model" not in words:
         words += ["--base_model", "someone/model"]
     assert seal(*words) == 0, line

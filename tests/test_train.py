@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 import models
 from seal_peft import SealConfig, scales
 from seal_peft.data import read_samples, write_samples
+from seal_peft.dataset import training_rows
 from seal_peft.tokens import encode_training
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
 from stages import error_of, python, save_model, save_samples, seal, some_samples
@@ -331,13 +332,23 @@ def test_samples_beyond_the_window_are_refused_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plain_trainers_rows_are_checked_against_what_the_model_reads_with_its_adapter(house: Path) -> None:
+    samples, tokenizer = read_samples(house / "train.jsonl"), AutoTokenizer.from_pretrained(house / "model")
+    model = get_peft_model(models.llama(max_position_embeddings=300), SealConfig())
+    with pytest.raises(ValueError, match="window of this model is 300 tokens"):
+        training_rows(samples, tokenizer, model)
+    ntk = SealConfig(rope_parameters={"rope_type": "ntk", "factor": 2.0})
+    rows = training_rows(samples, tokenizer, get_peft_model(models.llama(max_position_embeddings=300), ntk))
+    assert rows == [encode_training(sample, tokenizer) for sample in samples]
+
+
 @pytest.mark.parametrize(
     ("rows", "complaint"),
     [
-        ("", "holds no samples"),
+        ("", "There are no samples"),
         ("{}\n", "line 1: Field 'id' is missing"),
         (None, "No such file"),
-        (some_samples("test"), "line 1: the sample is of the test split.* `seal-peft make-data --split train`"),
+        (some_samples("test"), "Sample .lines-test-.* is of the test split.* `seal-peft make-data --split train`"),
     ],
 )
 def test_bad_sample_files_are_refused_before_the_model_is_loaded(
