@@ -197,8 +197,9 @@ def check_window(
         )
     original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     raise ValueError(
-        f"{start}Use lengths up to {window}, or extend the window by RoPE scaling: in the model's config.json, set "
-        f"rope_parameters to NTK (rope_type='dynamic') or YaRN (rope_type='yarn') with a factor of at least "
+        f"{start}Use lengths up to {window}, or extend the window: by an adapter that brings rope_parameters or "
+        "self_extend (flags of `seal-peft train`; `seal-peft advise` compares them), or in its config.json, by "
+        "rope_parameters of YaRN (rope_type='yarn') or NTK (rope_type='dynamic'), with a factor of at least "
         f"{math.ceil(100 * length / original) / 100:.2f}."
         + (" For lengths beyond the window all the same, pass --allow_beyond_window." if beyond is False else "")
     )

@@ -149,7 +149,7 @@ def _check_adapter(folder: Path) -> SealConfig:
         several = f" It holds {inside}. Push each by itself, or all with `model.push_to_hub`." if inside else ""
         raise ValueError(f"{folder} is not an adapter folder: there is no {CONFIG_NAME} in it.{several}")
     if saved.get("peft_type") != "SEAL":
-        raise ValueError(f"{folder} holds an adapter of another method; push it with its own `push_to_hub`.")
+        raise ValueError(f"{folder} holds an adapter of another method; load it and push it with `model.push_to_hub`.")
     return SealConfig.from_pretrained(str(folder))
 
 

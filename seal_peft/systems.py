@@ -70,8 +70,12 @@ def name_systems(base: str, adapters: Sequence[str], models: Sequence[str], skip
     systems += [System(name, base, path) for name, path in map(_named, adapters)]
     systems += [System(name, path) for name, path in map(_named, models)]
     names = [system.name for system in systems]
-    if not systems or len(set(names)) < len(names):
-        raise ValueError(f"Systems need distinct names, at least one; got {names}. Name them as NAME=PATH.")
+    if not systems:
+        raise ValueError("There is nothing to evaluate: leave out --skip_base, or give --adapters or --models.")
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"Systems need distinct names; got {names}. Name them as NAME=PATH in --adapters and --models."
+        )
     return systems
 
 

@@ -361,7 +361,7 @@ def test_what_is_no_adapter_is_refused_by_name(refused, own_house: Path) -> None
 
 def test_names_batches_lengths_and_rows_are_checked_first(refused, own_house: Path) -> None:
     assert "distinct names" in refused("--adapters", own_house / "seal", f"seal={own_house / 'lora'}")
-    assert "distinct names" in refused("--skip_base")
+    assert "leave out --skip_base, or give --adapters or --models" in refused("--skip_base")
     assert "per_device_eval_batch_size=0" in refused("--per_device_eval_batch_size", 0)
     assert "effective_threshold=85.6 was given; use 0.0 to 1.0" in refused("--effective_threshold", 85.6)
     assert "max_new_tokens=-1" in refused("--max_new_tokens", -1)

@@ -62,7 +62,7 @@ def check_needles(rows: Sequence[EncodedSample]) -> None:
         if not row.needle:
             raise ValueError(
                 f"Sample {row.id!r} has no needle: its prompt spells none of its answers, so the retrieval score has "
-                "no meaning for it. Leave the score out, or use a task whose answer stands in the context."
+                "no meaning for it. Leave retrieval out of --scores, or use a task whose answer stands in the context."
             )
 
 
@@ -150,5 +150,5 @@ def _check_same(own: Tensor, models: Tensor, heads: Heads, module: Any) -> None:
         raise ValueError(
             f"The attention of {type(module).__name__} in {type(heads.base).__name__} is not the softmax of scaled "
             "products of queries and keys that the retrieval score reads, so its weights would be wrong. Load the "
-            "model with another attn_implementation, such as 'sdpa' or 'eager', or leave this score out."
+            "model with another --attn_implementation, such as sdpa or eager, or leave retrieval out of --scores."
         )
