@@ -22,7 +22,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import seal_peft
-from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, draw_scales, logits, seal_layers
+from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, draw_scales, llama, logits, seal_layers
 from seal_peft import SealConfig, SealLayer, scales
 
 both_granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
@@ -132,6 +132,13 @@ def test_a_saved_adapter_holds_the_scales_only_and_loads_again(name, granularity
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     trainable = PeftModel.from_pretrained(base_model(name), tmp_path, is_trainable=True)
     assert all(offset.requires_grad for offset in offsets(trainable))
+
+
+def test_scales_come_in_the_order_of_the_layers_from_a_folder_too(tmp_path):
+    model = get_peft_model(llama(num_hidden_layers=12), SealConfig(init_weights=False))
+    model.save_pretrained(tmp_path)
+    assert list(scales(tmp_path)) == list(scales(model))
+    assert [name.split(".")[2] for name in scales(tmp_path)] == [str(layer) for layer in range(12)]
 
 
 def test_the_auto_class_finds_base_and_adapter(base_folder, tmp_path):

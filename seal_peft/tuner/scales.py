@@ -27,8 +27,8 @@ def scales(model: nn.Module | str | os.PathLike[str], adapter_name: str = "defau
         adapter_name: Which adapter of the model; a folder holds one adapter and ignores it.
 
     Returns:
-        Full name of each attention output projection -> fp32 tensor on the CPU, shape `(num_heads,)` for SEAL-H or
-        `(num_heads, head_dim)` for SEAL-C. 1 is unchanged.
+        Full name of each scaled module, in the order of the layers -> fp32 tensor on the CPU, shape `(num_heads,)`, or
+        `(num_heads, head_dim)` for the output site of SEAL-C. 1 is unchanged.
 
     Raises:
         ValueError: The model or folder holds no such adapter.
@@ -87,4 +87,9 @@ def _from_folder(folder: Path) -> dict[str, Tensor]:
     }
     if not found:
         raise ValueError(f"{path} holds no SEAL scales; is it an adapter of another method?")
-    return found
+    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+
+
+def _place(name: str) -> list[tuple[int, str]]:
+    """Sort key of a module's name: the file goes by letters, in which layer 10 stands before layer 2."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]
