@@ -282,7 +282,7 @@ def test_plain_peft_saves_our_card_in_place_of_its_empty_form(
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved_base), SealConfig(task_type="CAUSAL_LM"))
     path = tmp_path / "adapter" / "README.md"
     with monkeypatch.context() as patch:
-        patch.setattr(SealConfig, "describe", None)
+        patch.setattr(SealConfig, "_describe", None)
         model.save_pretrained(path.parent)
     assert str(tmp_path) in path.read_text()  # the trap
     for _ in range(2):  # PEFT writes into a card that it finds

@@ -120,7 +120,7 @@ class SealConfig(PeftConfig):
     )
 
     # Writes the card of a saved adapter. The package around the tuner sets it; without one, PEFT's own form stays.
-    describe: ClassVar[Callable[[str], None] | None] = None
+    _describe: ClassVar[Callable[[str], None] | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -200,7 +200,7 @@ class SealConfig(PeftConfig):
             for name in os.listdir(new):
                 os.replace(os.path.join(new, name), os.path.join(save_directory, name))
         weights = (os.path.join(save_directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
-        describe = type(self).describe  # of the class, where a function is no method
+        describe = type(self)._describe  # of the class, where a function is no method
         if describe is not None and self.heads and any(map(os.path.isfile, weights)):
             describe(save_directory)
 

@@ -40,7 +40,7 @@ def register(describe: Callable[..., None]) -> None:
         )
     register_peft_method(name=_NAME.lower(), config_cls=SealConfig, model_cls=SealModel)
     watch()
-    SealConfig.describe = describe
+    SealConfig._describe = describe
     _describe_on_push(describe)
 
 
