@@ -231,6 +231,7 @@ FAULTS = {
     "dropped": ([Fault("POST .*/commit")], "connection broke: push again"),
     "dropped at once": ([Fault("POST .*/create")], "connection broke: push again"),
     "half a commit": ([Fault("POST .*/commit", after=2000)], "connection broke: push again"),
+    "half the weights": ([Fault("PUT /blobs", after=100, times=99)], "connection broke: push again"),
     "weights refused": ([Fault("PUT /blobs", 403)], "write permission"),
 }
 
@@ -243,7 +244,9 @@ def test_a_failed_push_loses_nothing_says_what_to_do_and_can_be_repeated(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     without_matplotlib: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)  # between its own attempts
     faults, advice = FAULTS[name]
     push(adapter, license="mit")  # an older state, which must stay
     earlier, weights = online.files(REPO), (adapter / "adapter_model.safetensors").read_bytes()
