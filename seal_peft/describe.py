@@ -1,4 +1,4 @@
-"""Cards for what PEFT saves and uploads by itself: `save_pretrained` and `push_to_hub`, Trainers included."""
+"""Cards for what PEFT saves and uploads by itself: `save_pretrained`, with the checkpoints of a Trainer, and `push_to_hub`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,22 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
 
-from .card import CARD_NAME, MARKER, CardFacts, authors_card, bring_up_to_date, metadata, public_id, title, write_card
+from .card import (
+    CARD_NAME,
+    EMPTY_FORM,
+    MARKER,
+    CardFacts,
+    authors_card,
+    bring_up_to_date,
+    metadata,
+    public_id,
+    title,
+    write_card,
+)
 from .files import replacing, write_json
 
 _TEMPLATE = Path(__file__).with_name("card_several.md")
+_TITLE = "SEAL adapters"
 
 
 def describe(folder: str | os.PathLike[str], repo_id: str | None = None) -> None:
@@ -32,8 +44,7 @@ def describe(folder: str | os.PathLike[str], repo_id: str | None = None) -> None
     if _is_seal(_config(folder)):
         write_card(folder, {}, CardFacts(repo_id))
     root = folder if repo_id is not None else folder.parent
-    # PEFT saves adapters with other names than "default" into subfolders, and its form beside them.
-    if not _config(root) and (root / CARD_NAME).is_file():
+    if not _config(root) and (repo_id is not None or _has_form(root)):
         _write_several(root, repo_id)
 
 
@@ -44,6 +55,13 @@ def _config(folder: Path) -> dict[str, Any]:
 
 def _is_seal(config: dict[str, Any]) -> bool:
     return config.get("peft_type") == "SEAL"
+
+
+def _has_form(root: Path) -> bool:
+    """Whether PEFT put its form, or we our card, in front of adapters in subfolders, which have names of their own."""
+    path = root / CARD_NAME
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return EMPTY_FORM in text or (MARKER in text and f"# {_TITLE}" in text)
 
 
 def _hide_folder(path: Path, config: dict[str, Any]) -> None:
@@ -62,11 +80,11 @@ def _hide_folder(path: Path, config: dict[str, Any]) -> None:
 
 
 def _write_several(root: Path, repo_id: str | None) -> None:
-    """Write the card of a folder of adapters, unless it is somebody else's."""
+    """Write the card in front of several adapters; an author's own keeps its text."""
     found = {path.name: config for path in sorted(root.iterdir()) if _is_seal(config := _config(path))}
+    if not found:
+        return
     own = authors_card(root / CARD_NAME)
-    if not found or (own is not None and repo_id is None):
-        return  # of a folder that stays here, an author's card is nobody's business
     first, config = next(iter(found.items()))
     data = metadata(config, CardFacts(repo_id))
     if own is not None:
@@ -74,7 +92,7 @@ def _write_several(root: Path, repo_id: str | None) -> None:
     else:
         words: dict[str, Any] = {
             "marker": MARKER,
-            "name": title(repo_id) if repo_id else "SEAL adapters",
+            "name": title(repo_id) if repo_id else _TITLE,
             "base": f"`{data.base_model}`" if data.base_model else "a local model",
             "base_address": data.base_model or "path/of/the/base/model",
             "folders": ", ".join(f"`{name}`" for name in found),

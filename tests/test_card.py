@@ -321,6 +321,17 @@ def test_adapters_of_other_names_get_a_card_each_and_one_for_all(saved_base: Pat
     defined: dict[str, Any] = {}
     exec(compile(code, "card", "exec"), defined)
     assert type(defined["model"].active_peft_config) is SealConfig
+    model.save_pretrained(tmp_path / "pair")  # PEFT writes its versions, and the path, into the card that it finds
+    assert (tmp_path / "pair" / "README.md").read_text() == text
     (tmp_path / "pair" / "README.md").write_text("# My own\n")
     model.save_pretrained(tmp_path / "pair")
     assert "# My own" in (tmp_path / "pair" / "README.md").read_text()
+
+
+def test_a_checkpoint_changes_no_card_of_the_folder_around_it(saved_base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved_base), SealConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "out")
+    before = (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "out" / "adapter_config.json").unlink()  # as a training that starts afresh does
+    model.save_pretrained(tmp_path / "out" / "checkpoint-1")
+    assert (tmp_path / "out" / "README.md").read_text() == before
