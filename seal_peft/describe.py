@@ -1,4 +1,4 @@
-"""Cards for what PEFT saves and uploads by itself: `save_pretrained`, with the checkpoints of a Trainer, and `push_to_hub`."""
+"""Cards for what PEFT saves and uploads by itself: `save_pretrained`, checkpoints included, and `push_to_hub`."""
 
 from __future__ import annotations
 
