@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from peft.utils import CONFIG_NAME
 
+from .assets import public_id
 from .card import (
     CARD_NAME,
     EMPTY_FORM,
@@ -19,7 +20,6 @@ from .card import (
     authors_card,
     bring_up_to_date,
     metadata,
-    public_id,
     title,
     write_card,
 )

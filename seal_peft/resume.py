@@ -15,9 +15,9 @@ from transformers.trainer import TRAINER_STATE_NAME
 from .files import write_json
 
 FINISHED, UNFINISHED, CHECKPOINTS = "run.json", "unfinished.json", "checkpoint-*"
-# How to go on, and how to show it, may change on the way. A rank is not a setting.
+# How to go on, how to show it, and how to fit it may change on the way. A rank is not a setting.
 _NO_SETTINGS = {"train_file", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
-_NO_SETTINGS |= {"disable_tqdm", "report_to", "local_rank"}
+_NO_SETTINGS |= {"disable_tqdm", "report_to", "local_rank", "memory"}
 
 
 def settings_of(arguments: dict[str, Any], training_arguments: TrainingArguments) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,6 +24,7 @@ from .data import prompt_hash, read_samples
 from .dataset import training_rows
 from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
+from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
 from .tokens import AnswerCollator
@@ -42,13 +44,20 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
 }
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class TrainArguments:
     """What to train, and on what. The flags of `transformers.TrainingArguments` come on top."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id, local folder, or `smollm2`."})
-    train_file: str = field(metadata={"help": "Samples, one JSON row each, as `seal-peft make-data` writes them."})
+    train_file: str = field(
+        metadata={
+            "help": "Samples, one JSON row each: what `seal-peft make-data` writes, or your own.",
+            "aliases": ["--task_file"],
+        }
+    )
     granularity: Granularity = field(
         default="channel",
         metadata={"help": "One scale per `head` or per `channel` of it. Queries always have one per head."},
@@ -72,6 +81,13 @@ class TrainArguments:
     recipe: str = field(default="default", metadata={"help": f"Named settings: {', '.join(RECIPES)}. Flags win."})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
+    memory: Policy | None = field(
+        default=None,
+        metadata={
+            "help": "What layers keep for the backward pass: as much as fits (`auto`), all (`fast`), or nothing "
+            "(`low`). Default: auto, unless activation_checkpointing is given."
+        },
+    )
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an adapter or another training that is in --output_dir."}
     )
@@ -91,7 +107,8 @@ class SealTrainingArguments(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Experiment trackers, as in transformers."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Token ids are too few to be worth it."})
     activation_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations: less memory.", "nargs": "?", "const": True}
+        default=None,
+        metadata={"help": "Checkpoint as transformers does, instead of --memory.", "nargs": "?", "const": True},
     )
     activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'As in transformers, e.g. {"every_n_layers": 2}.'}
@@ -136,9 +153,15 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         The adapter folder.
 
     Raises:
-        ValueError: Bad rows, samples of the test split or longer than the model's window, a finished adapter or an
-            unfinished training with other settings in the output folder; raised before the model is loaded.
+        ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, a
+            finished adapter or an unfinished training with other settings in the output folder; raised before the
+            model is loaded.
     """
+    if arguments.memory is not None and training_arguments.activation_checkpointing:
+        raise ValueError(
+            f"--memory {arguments.memory} and --activation_checkpointing both say what is kept for the backward pass: "
+            "give one of them."
+        )
     samples = read_samples(arguments.train_file)
     config = SealConfig(
         task_type="CAUSAL_LM",
@@ -172,6 +195,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         processing_class=tokenizer,
     )
     trainer.get_train_dataloader()  # a bad batch size shows here, before an earlier adapter is cleared away
+    memory = _apply_memory(trainer, arguments.memory, tokens=max(len(row["input_ids"]) for row in rows))
     if checkpoint is None and trainer.is_world_process_zero():
         start_afresh(output_dir, settings)
     if torch.cuda.is_available():
@@ -186,6 +210,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     save_adapter(model, output_dir)
     record = {
         "arguments": asdict(arguments),
+        "memory": memory,
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "samples": len(rows),
         "tasks": sorted({sample.task for sample in samples}),
@@ -201,6 +226,18 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
+
+
+def _apply_memory(trainer: Trainer, policy: Policy | None, tokens: int) -> str | None:
+    """Say what layers keep, unless transformers is to say it, and return what was chosen."""
+    if trainer.args.gradient_checkpointing:
+        return None
+    model: Any = trainer.model
+    rows = trainer.args.per_device_train_batch_size
+    summary = apply_memory_policy(model, policy or "auto", tokens=tokens, rows=rows).summary
+    if trainer.is_world_process_zero():
+        logger.info("Memory policy %s.", summary)
+    return summary
 
 
 def _from_json(name: str, text: str | None) -> Any:

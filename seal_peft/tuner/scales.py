@@ -11,11 +11,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from .config import check_weights_file
 from .layer import SealLayer
 from .saving import finish_save
+from .weights import SCALES, check_weights_file
 
-_KEY_SUFFIX = ".seal_delta.weight"
 _KEY_PREFIX = "base_model.model."
 
 
@@ -81,9 +80,9 @@ def _from_folder(folder: Path) -> dict[str, Tensor]:
     else:
         raise ValueError(f"{folder} is not an adapter folder: there is no {SAFETENSORS_WEIGHTS_NAME} in it.")
     found = {
-        key.removeprefix(_KEY_PREFIX).removesuffix(_KEY_SUFFIX): 1 + value.to(torch.float32)
+        key.removeprefix(_KEY_PREFIX).removesuffix(SCALES): 1 + value.to(torch.float32)
         for key, value in tensors.items()
-        if key.endswith(_KEY_SUFFIX)
+        if key.endswith(SCALES)
     }
     if not found:
         raise ValueError(f"{path} holds no SEAL scales; is it an adapter of another method?")
