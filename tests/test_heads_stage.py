@@ -152,7 +152,7 @@ def test_the_adapted_model_can_be_scored_in_place_of_the_base(house: Path) -> No
         (["--channels_of", "L7H0"], "The model has no head 'L7H0'"),
         (["--apply_adapter"], "--apply_adapter needs an --adapter"),
         (["--adapter", "nowhere"], "'nowhere' is not an adapter"),
-        (["--generate_heads", "-1"], "Use 0 or more --generate_heads"),
+        (["--generate_heads", "-1"], "--generate_heads -1 --batch_tokens"),
         (["--dtype", "int8"], "dtype"),
     ],
 )

@@ -72,6 +72,9 @@ def find_heads(model: nn.Module, config: SealConfig | None = None) -> Heads:
         config: Says where the heads are if the architecture is not one that SEAL knows; its `target_modules`,
             `exclude_modules`, `num_attention_heads` and `head_dim` count.
 
+    Returns:
+        The layers with heads, from the bottom up, and the geometry of each.
+
     Raises:
         ValueError: The heads cannot be found, or the model is not a decoder that predicts the next token.
     """
@@ -134,6 +137,9 @@ def parse_head(name: str, heads: Heads) -> tuple[int, int]:
     Args:
         name: Such as `L14H7`: layer 14, head 7, both from 0.
         heads: The heads of the model.
+
+    Returns:
+        Position of the layer, number of the head.
 
     Raises:
         ValueError: The model has no such head.

@@ -225,7 +225,7 @@ def _recording(heads: Heads) -> Iterator[_Record]:
     if any(hidden.dim() != 3 for hidden in record.inputs):
         raise ValueError(
             f"The layers of {type(heads.base).__name__} hand on {tuple(record.inputs[0].shape)}, not (batch, tokens, "
-            "hidden), so the model cannot be run from one of them on. Use the gradient map in place of pruning."
+            "hidden), so the model cannot be run from one of them on. Use gradient in place of pruning in --scores."
         )
 
 

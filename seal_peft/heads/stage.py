@@ -164,7 +164,10 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
         if getattr(arguments, wants_pruning) and "pruning" not in arguments.scores:
             raise ValueError(f"--{wants_pruning} goes by pruning: add it to --scores.")
     if arguments.generate_heads < 0 or arguments.batch_tokens < 1:
-        raise ValueError("Use 0 or more --generate_heads, and 1 or more --batch_tokens.")
+        raise ValueError(
+            f"--generate_heads {arguments.generate_heads} --batch_tokens {arguments.batch_tokens} was given; use 0 or "
+            "more of the first, and 1 or more of the second."
+        )
     for text in arguments.quadrants:
         parse_factors(text)
     if arguments.apply_adapter and (not arguments.adapter or arguments.quadrants):
@@ -190,7 +193,9 @@ def _check_model(arguments: HeadsArguments, longest: int) -> None:
         )
     if arguments.adapter:
         if not isinstance(read_adapter(arguments.adapter), SealConfig):
-            raise ValueError(f"{arguments.adapter} is no SEAL adapter: no scales to stand beside the scores.")
+            raise ValueError(
+                f"--adapter {arguments.adapter} is of another method and has no scales; give a SEAL adapter, or none."
+            )
         adapted = check_adapter(arguments.model_name_or_path, arguments.adapter)
         if arguments.apply_adapter and adapted is not None:
             config, window = adapted.config, reach(adapted)
