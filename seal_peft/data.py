@@ -122,6 +122,16 @@ def prompt_hash(sample: Sample) -> str:
     return hashlib.sha256(json.dumps(sample.messages, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def trained_prompts(adapter: str | os.PathLike[str]) -> list[str]:
+    """Return the prompts that an adapter was trained on, by `prompt_hash`, as far as its `run.json` tells.
+
+    Args:
+        adapter: Its folder. A Hub id brings no record.
+    """
+    record = Path(adapter) / "run.json"
+    return json.loads(record.read_text(encoding="utf-8")).get("prompt_hashes", []) if record.is_file() else []
+
+
 def window_of(model_config: PretrainedConfig) -> int | None:
     """Return how many tokens a model's positions reach, RoPE scaling included; `None` where there is no such limit.
 

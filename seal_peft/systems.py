@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .assets import split_name
-from .data import check_window, has_position_table, prompt_hash, window_of
+from .data import check_window, has_position_table, prompt_hash, trained_prompts, window_of
 from .loading import check_adapter, load_config, load_tokenizer
 from .reach import reach
 from .tasks import Sample, get_task
@@ -117,10 +115,7 @@ def check_held_out(systems: Sequence[System], samples: Sequence[Sample], test_fi
         ValueError: Some of them were in the training data of an adapter; the message names the lines.
     """
     for system in systems:
-        record = Path(system.adapter or "") / "run.json"
-        if not system.adapter or not record.is_file():
-            continue
-        learned = set(json.loads(record.read_text(encoding="utf-8")).get("prompt_hashes", ()))
+        learned = set(trained_prompts(system.adapter)) if system.adapter else set()
         seen = [line for line, sample in enumerate(samples, start=1) if prompt_hash(sample) in learned]
         if seen:
             lines = ", ".join(map(str, seen[:5])) + (", ..." if len(seen) > 5 else "")

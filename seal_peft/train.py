@@ -20,7 +20,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from .card import write_card
-from .data import prompt_hash, read_samples
+from .data import prompt_hash, read_samples, trained_prompts
 from .dataset import training_rows
 from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype, read_adapter
@@ -189,6 +189,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     if arguments.init_adapter is not None:
         read_adapter(arguments.init_adapter)
         hotswap_adapter(adapted, arguments.init_adapter)
+    learned_before = trained_prompts(arguments.init_adapter) if arguments.init_adapter is not None else []
     rows = training_rows(samples, tokenizer, adapted)
 
     base = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
@@ -229,7 +230,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         "seconds": time.monotonic() - started,
         "resumed_from": checkpoint,
         **_record(trainer),
-        "prompt_hashes": [prompt_hash(sample) for sample in samples],  # `evaluate` refuses to score on these
+        "prompt_hashes": [*map(prompt_hash, samples), *learned_before],  # `evaluate` refuses to score on these
     }
     write_card(output_dir, record)
     write_json(output_dir / FINISHED, record)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 import models
 from seal_peft import SealConfig, scales
-from seal_peft.data import read_samples, write_samples
+from seal_peft.data import read_samples, trained_prompts, write_samples
 from seal_peft.dataset import training_rows
 from seal_peft.heads import find_heads, save_head_scales
 from seal_peft.tokens import encode_training
@@ -59,6 +59,7 @@ def test_it_starts_from_the_scales_of_another_adapter(
     heads = find_heads(AutoModelForCausalLM.from_pretrained(house / "model"))
     chosen = torch.linspace(0.8, 1.2, 8).view(2, 4)
     save_head_scales(heads, chosen, tmp_path / "chosen")
+    (tmp_path / "chosen" / "run.json").write_text('{"prompt_hashes": ["learned before"]}')
     words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl", "--max_steps", 1]
     words += [
         "--init_adapter",
@@ -73,6 +74,8 @@ def test_it_starts_from_the_scales_of_another_adapter(
     assert seal(*words, "--granularity", "head", "--learning_rate", 1e-4, "--output_dir", tmp_path / "out") == 0
     for own, wanted in zip(scales(tmp_path / "out").values(), chosen, strict=True):
         assert 0 < (own - wanted).abs().max() < 2e-4
+    assert "learned before" in trained_prompts(tmp_path / "out")
+    assert len(trained_prompts(tmp_path / "out")) == 7
     # What does not fit is refused before the model is loaded.
     save_model(tmp_path / "model", weights=False)
     words[2] = tmp_path / "model"
