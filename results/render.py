@@ -6,7 +6,7 @@ A figure stands between a comment with a Jinja template over one results file, a
 
 A template of one line is a piece of a sentence; one of several lines is a block, such as a table. Names are those of
 the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`. In the
-pages of `STRICT` nothing that looks like a measurement, a number with decimals or with a unit, may stand anywhere else.
+pages of `STRICT` nothing that looks like a measurement, a number with decimals or with a unit, stands anywhere else.
 
     python results/render.py          # make results: write the figures into the pages
     python results/render.py --check  # make results-check: change nothing, fail where a page says something else
