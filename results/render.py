@@ -5,7 +5,8 @@ A figure stands between a comment with a Jinja template over one results file, a
     It took <!-- results/demo-cpu.json: {{ training_seconds | fixed }} s -->255 s<!-- end --> to train.
 
 A template of one line is a piece of a sentence; one of several lines is a block, such as a table. Names are those of
-the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`. In the
+the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`, and
+`report` is `seal_peft.report`, which makes tables of metrics. Where a file is not there yet, the page says so. In the
 pages of `STRICT` nothing that looks like a measurement, a number with decimals or with a unit, stands anywhere else.
 
     python results/render.py          # make results: write the figures into the pages
@@ -23,11 +24,14 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
+from seal_peft import report
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STRICT = ("README.md", "docs/results.md", "docs/heads.md")
 
 MARK = re.compile(r"<!-- (results/[\w.-]+\.json):(.*?)-->(.*?)<!-- end -->", re.DOTALL)
+MISSING = "Not measured yet."
 # What is no statement of ours: code, where links lead, comments, the numbers of papers.
 NOT_TEXT = re.compile(r"^```.*?^```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+", re.DOTALL | re.MULTILINE)
 UNIT = r"%|ms|s|seconds|minutes|min|[KMG]i?B|bytes|nats|points|times|tokens/s"
@@ -41,6 +45,7 @@ def environment() -> Environment:
     made.filters["fixed"] = lambda value, digits=0: f"{value:,.{digits}f}"
     made.filters["signed"] = lambda value, digits=0: f"{value:+,.{digits}f}"
     made.filters["interval"] = lambda value: f"({value['low']:.2f} to {value['high']:.2f})"
+    made.globals["report"] = report
     return made
 
 
@@ -49,19 +54,20 @@ def rendered(page: str, jinja: Environment) -> str:
 
     Raises:
         ValueError: A template or its place is wrong; the message shows the template.
-        OSError: There is no such file.
     """
 
     def replace(mark: re.Match[str]) -> str:
         file, template, _ = mark.groups()
-        data = json.loads((ROOT / file).read_text(encoding="utf-8"))
         block = "\n" in template
         before = page[: mark.start()].rpartition("\n")[2].strip()
         # Markdown takes a line that begins with a comment for raw HTML, to its end, and a bar in a table for a cell.
         if not block and (not before or before.startswith("|")):
             raise ValueError(f"A figure may not begin its line or stand in a table that is typed: {mark[0]}")
         try:
-            text = jinja.from_string(template).render(data, data=data).strip()
+            text = MISSING
+            if (ROOT / file).is_file():
+                data = json.loads((ROOT / file).read_text(encoding="utf-8"))
+                text = jinja.from_string(template).render(data, data=data).strip()
         except (TemplateError, TypeError, ValueError) as error:
             raise ValueError(f"{file}: {error}: {template.strip()}") from error
         return f"<!-- {file}:{template}-->" + (f"\n\n{text}\n\n" if block else text) + "<!-- end -->"
@@ -84,7 +90,7 @@ def problems(name: str, page: str, jinja: Environment) -> list[str]:
     """Say what in a page is not what the files have."""
     try:
         right = rendered(page, jinja)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         return [f"{name}: {error}"]
     found = [
         f"{name}: {mark[1]} has {expected[3].strip()!r}, the page has {mark[3].strip()!r}"
@@ -102,17 +108,22 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
     jinja = environment()
-    found, count = [], 0
+    found, files = [], []
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if not options.check:
             page = rendered(page, jinja)
             path.write_text(page, encoding="utf-8")
         found += problems(path.relative_to(ROOT).as_posix(), page, jinja)
-        count += len(MARK.findall(page))
+        files += [mark[1] for mark in MARK.finditer(page)]
     if found:
         sys.exit("\n".join(found))
-    print(f"{count} figures and tables of the pages are what results/ has.")
+    missing = sorted({file for file in files if not (ROOT / file).is_file()})
+    print(
+        f"{len(files)} figures and tables are what results/ has.",
+        *(f"Not there yet: {file}" for file in missing),
+        sep="\n",
+    )
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
@@ -30,7 +30,7 @@ from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer,
 from .provenance import provenance
 from .reach import reach
 from .tokens import AnswerCollator, encode_training
-from .tuner import SealConfig, save_adapter, scales
+from .tuner import SealConfig, save_adapter
 from .tuner.config import Granularity, check_sites
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
@@ -121,8 +121,10 @@ class SealTrainingArguments(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
 
-def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) -> Path:
-    """Train one SEAL adapter.
+def train(
+    arguments: TrainArguments, training_arguments: SealTrainingArguments, config: PeftConfig | None = None
+) -> Path:
+    """Train one adapter.
 
     Writes the adapter folder (`adapter_config.json`, `adapter_model.safetensors`, the card `README.md`) and, last of
     all, `run.json` with every setting, the loss curve, seconds, tokens and peak memory.
@@ -133,6 +135,8 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     Args:
         arguments: Model, data and scales.
         training_arguments: Optimiser, schedule, batch size, output folder.
+        config: Adapter of another PEFT method, to be trained in the same way; `None` for the SEAL adapter that
+            `arguments` describe. Such a folder gets the card that PEFT writes.
 
     Returns:
         The adapter folder.
@@ -144,15 +148,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     samples = read_samples(arguments.train_file)
     if not samples:
         raise ValueError(f"{arguments.train_file} holds no samples. Make some with `seal-peft make-data`.")
-    config = SealConfig(
-        task_type="CAUSAL_LM",
-        granularity=arguments.granularity if "output" in arguments.sites else "head",
-        sites=check_sites(arguments.sites),
-        target_heads=arguments.target_heads,
-        layers_to_transform=arguments.layers_to_transform,
-        rope_parameters=_from_json("rope_parameters", arguments.rope_parameters),
-        self_extend=_from_json("self_extend", arguments.self_extend),
-    )
+    ours, config = config is None, config or _config(arguments)
     pick_dtype(arguments.dtype)
     model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
     progress = tqdm(samples, desc="Tokenising", unit="sample", delay=1.0)
@@ -163,7 +159,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     check_window(skeleton.config, max(len(row["input_ids"]) for row in rows), reach(adapted))
 
     output_dir = Path(training_arguments.output_dir)
-    settings = _settings(arguments, training_arguments)
+    settings = _settings(arguments, training_arguments, None if ours else config)
     checkpoint = training_arguments.resume_from_checkpoint or _unfinished_checkpoint(output_dir, settings)
     base = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     base.config.use_cache = False
@@ -184,9 +180,11 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return output_dir
-    if not all(scale.isfinite().all() for scale in scales(model).values()):
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
         _start_afresh(output_dir, settings)  # no checkpoint of it is worth going on from
-        raise ValueError("Training diverged: the scales are not finite, and nothing was saved. Lower --learning_rate.")
+        raise ValueError(
+            "Training diverged: its weights are not finite, and nothing was saved. Lower --learning_rate."
+        )
     save_adapter(model, output_dir)
     record = {
         "arguments": asdict(arguments),
@@ -200,10 +198,23 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         "resumed_from": checkpoint,
         **_record(trainer),
     }
-    write_card(output_dir, record)
+    if ours:
+        write_card(output_dir, record)
     write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
+
+
+def _config(arguments: TrainArguments) -> SealConfig:
+    return SealConfig(
+        task_type="CAUSAL_LM",
+        granularity=arguments.granularity if "output" in arguments.sites else "head",
+        sites=check_sites(arguments.sites),
+        target_heads=arguments.target_heads,
+        layers_to_transform=arguments.layers_to_transform,
+        rope_parameters=_from_json("rope_parameters", arguments.rope_parameters),
+        self_extend=_from_json("self_extend", arguments.self_extend),
+    )
 
 
 def _from_json(name: str, text: str | None) -> Any:
@@ -225,13 +236,19 @@ def _record(trainer: Trainer) -> dict[str, Any]:
     }
 
 
-def _settings(arguments: TrainArguments, training_arguments: TrainingArguments) -> dict[str, Any]:
+def _settings(
+    arguments: TrainArguments, training_arguments: TrainingArguments, other: PeftConfig | None
+) -> dict[str, Any]:
     """Everything that decides the weights, in JSON values."""
     settings = {
         "train_file's bytes": hashlib.sha256(Path(arguments.train_file).read_bytes()).hexdigest(),
         **asdict(arguments),
         **training_arguments.to_dict(),
     }
+    if other is not None:
+        # The order of a set is another one in every process.
+        fields = other.to_dict().items()
+        settings["config"] = {name: sorted(value) if isinstance(value, set) else value for name, value in fields}
     # How to go on, and how to show it, may change on the way. A rank is not a setting.
     for name in ("train_file", "output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "local_rank"):
         settings.pop(name, None)

@@ -22,7 +22,7 @@ def test_every_page_says_what_the_files_have():
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
 def test_one_changed_digit_of_a_figure_is_found(name):
     page = TEXTS[name]
-    marks = list(render.MARK.finditer(page))
+    marks = [mark for mark in render.MARK.finditer(page) if mark[3].strip() != render.MISSING]
     assert len(marks) >= 3
     for mark in marks:
         last = mark.start(3) + [digit.start() for digit in re.finditer(r"\d", mark[3])][-1]
@@ -49,7 +49,7 @@ def test_names_settings_and_code_are_no_figures(text):
     ("mark", "complaint"),
     [
         ("is <!-- results/demo-cpu.json: {{ acuracy }} -->0.95<!-- end -->", "'acuracy' is undefined"),
-        ("is <!-- results/nothing.json: {{ accuracy }} -->0.95<!-- end -->", "No such file"),
+        ("is <!-- results/nothing.json: {{ accuracy }} -->0.95<!-- end -->", "has 'Not measured yet.', the page"),
         ("<!-- results/demo-cpu.json: {{ seconds | fixed }} -->473<!-- end -->", "may not begin its line"),
         ("| <!-- results/demo-cpu.json: {{ seconds | fixed }} -->473<!-- end --> |", "or stand in a table"),
     ],
