@@ -20,7 +20,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import CARD_NAME, CardFacts, public_id, render_card
+from .assets import public_id, split_name
+from .card import CARD_NAME, CardFacts, render_card
 from .files import replacing
 from .plots import plot_scales
 from .report import read_metrics
@@ -116,7 +117,7 @@ def push(
     if base is None:
         raise ValueError(
             f"The base model of this adapter is a folder of this machine ({config.base_model_name_or_path}), where "
-            "nobody else could find it. Give the Hub id of the same model as base_model."
+            "nobody else could find it. Give the Hub id of the same model as base_model (--base_model)."
         )
     validate_repo_id(base)
     run = _read_json(folder / _RUN)
@@ -145,10 +146,17 @@ def push(
 def _check_adapter(folder: Path) -> SealConfig:
     saved = _read_json(folder / CONFIG_NAME)
     if not saved:
-        raise ValueError(f"{folder} is not an adapter folder: there is no {CONFIG_NAME} in it.")
+        inside = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
+        several = f" It holds {inside}. Push each by itself, or all with `model.push_to_hub`." if inside else ""
+        raise ValueError(f"{folder} is not an adapter folder: there is no {CONFIG_NAME} in it.{several}")
     if saved.get("peft_type") != "SEAL":
-        raise ValueError(f"{folder} holds an adapter of another method; push it with its own `push_to_hub`.")
-    return SealConfig.from_pretrained(str(folder))
+        raise ValueError(f"{folder} holds an adapter of another method; load it and push it with `model.push_to_hub`.")
+    config = SealConfig.from_pretrained(str(folder))
+    if config.fingerprint != saved.get("fingerprint"):
+        raise ValueError(
+            f"The config in {folder} is not that of the weights beside it. Load the adapter and save it again."
+        )
+    return config
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -165,13 +173,12 @@ def _metrics_of(
     """
     metrics = read_metrics(Path(metrics_file))
     if system is None:
-        named = [text.partition("=") for text in metrics.get("arguments", {}).get("adapters", [])]
-        paths = {name if equals else Path(name).resolve().name: path or name for name, equals, path in named}
+        paths = dict(map(split_name, metrics.get("arguments", {}).get("adapters", [])))
         system = next((name for name, path in paths.items() if Path(path).resolve() == folder.resolve()), None)
     if system not in metrics["systems"]:
         raise ValueError(
             f"{metrics_file} has no results of {system or folder}, only of {', '.join(metrics['systems'])}. Evaluate "
-            "the adapter, or name it as it is called there with system."
+            "the adapter, or give its name there as system (--system)."
         )
     if run and metrics["date"] < run["date"]:
         raise ValueError(

@@ -4,18 +4,18 @@ import json
 import shutil
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 
 import pytest
 from peft import LoraConfig
 
-from seal_peft import train as training
 from seal_peft.reproduce import stage
 from seal_peft.reproduce.parts import PARTS, Data, Part, Training, shrunk
 from seal_peft.reproduce.pictures import draw_grid, draw_transfer
 from seal_peft.reproduce.share import make_all
+from seal_peft.resume import settings_of
 from seal_peft.tasks import TASKS
 from seal_peft.train import RECIPES, SealTrainingArguments, TrainArguments
 from stages import error_of, save_model, save_samples, seal
@@ -183,6 +183,6 @@ def test_an_unfinished_lora_is_not_continued_with_another_rank(tmp_path: Path) -
     arguments = TrainArguments("model", str(save_samples(tmp_path / "train.jsonl", num_samples=2)))
     settings = SealTrainingArguments(output_dir=str(tmp_path / "adapter"))
     small = LoraConfig(r=4, target_modules=["q_proj", "o_proj"])
-    found = [training._settings(arguments, settings, config) for config in (small, replace(small, r=8), None)]
+    found = [settings_of(asdict(arguments), settings, config) for config in (small, replace(small, r=8), None)]
     assert [name for name in found[0] if found[0][name] != found[1].get(name)] == ["config"]
     assert "config" not in found[2]

@@ -64,6 +64,9 @@ def half(items: Iterable[str], split: str) -> tuple[str, ...]:
     Args:
         items: The whole pool.
         split: One of `SPLITS`.
+
+    Returns:
+        The items of the split, in their order.
     """
     return tuple(item for item in items if belongs(item, split))
 
@@ -77,6 +80,21 @@ def new_uuid(rng: Random, split: str) -> str:
     """
     while True:
         text = str(uuid.UUID(int=rng.getrandbits(128), version=4))
+        if belongs(text, split):
+            return text
+
+
+def new_number(rng: Random, split: str, first: int, last: int) -> str:
+    """A random whole number of a split in decimal; no number belongs to both.
+
+    Args:
+        rng: Decides which.
+        split: One of `SPLITS`.
+        first: Smallest number.
+        last: Greatest number.
+    """
+    while True:
+        text = str(rng.randint(first, last))
         if belongs(text, split):
             return text
 
@@ -134,6 +152,9 @@ def new_sample(
         depth: Place of the fact asked last.
         split: One of `SPLITS`.
         questions: Number of questions.
+
+    Returns:
+        The sample, its `messages` and `target` filled from the turns.
     """
     messages: list[dict[str, str]] = []
     for question, answer in turns:
@@ -159,6 +180,9 @@ def hide(needles: Iterable[tuple[float, str]], haystack: Sequence[str]) -> list[
         needles: Depth and text of each. The depth is the share of the haystack's characters before the needle, to the
             nearest border between units. Needles at one border keep the order of their depths.
         haystack: Sentences or other units.
+
+    Returns:
+        The units with the needles among them.
     """
     borders = [0, *accumulate(len(unit) for unit in haystack)]
     result: list[str] = []

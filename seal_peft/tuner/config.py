@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
@@ -16,19 +15,10 @@ from torch import Tensor
 
 from .chosen import check_names
 from .saving import discard_save, finish_save
+from .weights import SCALES, check_weights_file, saved_config, take_settings
 
 Granularity = Literal["head", "channel"]
 Site = Literal["output", "query"]
-
-_LOAD_NOTE = (
-    "\n## Loading\n\n"
-    "SEAL is not part of PEFT: import `seal_peft` first, or loading ends in `KeyError: 'SEAL'`.\n\n"
-    "```python\n"
-    "import seal_peft  # registers SEAL with PEFT\n"
-    "from peft import AutoPeftModelForCausalLM\n\n"
-    'model = AutoPeftModelForCausalLM.from_pretrained("path/or/id/of/this/adapter")\n'
-    "```\n"
-)
 
 
 @dataclass
@@ -67,6 +57,7 @@ class SealConfig(PeftConfig):
         base_rope: Filled in by the model: RoPE parameters of the base that the adapter was trained on. Loading on a
             base that has others warns; to apply the recorded ones, set `rope_parameters` to `base_rope`.
         base_self_extend: Filled in by the model: Self-Extend that the base itself had in force.
+        fingerprint: Filled in when weights are saved: tells whether a file of weights belongs to these settings.
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -128,6 +119,12 @@ class SealConfig(PeftConfig):
     base_self_extend: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in: Self-Extend of the base at training time."}
     )
+    fingerprint: str | None = field(
+        default=None, metadata={"help": "Filled in: fingerprint of the settings that the saved weights carry."}
+    )
+
+    # Writes the card of a saved adapter. The package around the tuner sets it; without one, PEFT's own form stays.
+    _describe: ClassVar[Callable[[str], None] | None] = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -196,7 +193,7 @@ class SealConfig(PeftConfig):
         return {**super().to_dict(), "sites": list(self.sites)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config, and name the import that loading needs in the model card beside it, if there is one.
+        """Save the config; a trained adapter gets its model card, too, over the empty form that PEFT writes.
 
         Each file appears complete, by a rename.
         """
@@ -204,15 +201,12 @@ class SealConfig(PeftConfig):
         discard_save(save_directory)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as new:
             super().save_pretrained(new, **kwargs)
-            card = os.path.join(save_directory, "README.md")
-            if os.path.isfile(card):
-                with open(card, encoding="utf-8") as file:
-                    text = file.read()
-                if "import seal_peft" not in text:
-                    with open(os.path.join(new, "README.md"), "w", encoding="utf-8") as file:
-                        file.write(text.rstrip("\n") + "\n" + _LOAD_NOTE)
             for name in os.listdir(new):
                 os.replace(os.path.join(new, name), os.path.join(save_directory, name))
+        weights = (os.path.join(save_directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+        describe = type(self)._describe  # of the class, where a function is no method
+        if describe is not None and self.heads and any(map(os.path.isfile, weights)):
+            describe(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:
@@ -222,12 +216,18 @@ class SealConfig(PeftConfig):
         config that never was in a model may be alone in its folder; `PeftConfig.from_pretrained` reads any config
         without asking for weights.
 
+        If the weights carry settings of another save than the config is of, these are returned, with a warning.
+
         Raises:
             ValueError: The weights file of a trained adapter is missing, is cut off or is not a safetensors file, or
-                holds scales that are not finite or not of the config's granularity.
+                holds scales that are not finite, not of the config's granularity, or for another base model.
         """
         folder = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
-        finish_save(folder)
+        if finish_save(folder):  # the caller may have loaded the old one, as AutoPeftModel does before it comes here
+            raise ValueError(
+                f"A save into {folder} had been interrupted. It is complete now, but the adapter is for another base "
+                "model than the one before. Load it again, on its own base model."
+            )
         weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         check_weights_file(weights)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -235,7 +235,9 @@ class SealConfig(PeftConfig):
             return config
         if os.path.isfile(weights):
             with safe_open(weights, framework="pt") as file:
-                keys = [key for key in file.keys() if key.endswith(".seal_delta.weight")]  # noqa: SIM118 (not a dict)
+                _, settings = take_settings({key: key for key in file.keys()})  # noqa: SIM118 (not a dict)
+                config = saved_config(config, file.get_tensor(settings) if settings else None, folder)
+                keys = [key for key in file.keys() if key.endswith(SCALES)]  # noqa: SIM118
                 if not keys and config.sites and config.heads:
                     raise ValueError(
                         f"The adapter file {weights} is cut off or damaged: it holds no scales. Save the adapter "
@@ -277,37 +279,6 @@ def check_sites(sites: Sequence[str]) -> tuple[Site, ...]:
     if isinstance(sites, str) or not sites or set(sites) - set(known) or len(set(sites)) < len(sites):
         raise ValueError(f"sites={sites!r} is not allowed. Use ('output',), ('query',) or ('output', 'query').")
     return tuple(site for site in known if site in sites)
-
-
-def check_weights_file(path: str) -> None:
-    """Refuse a safetensors file that is cut off or damaged; a missing file is left to the loader.
-
-    Raises:
-        ValueError: The size of the file is not what its header announces.
-    """
-    if not os.path.isfile(path):
-        return
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little") if len(start) == 8 else size
-        try:
-            header = json.loads(file.read(length)) if 8 + length <= size else {}
-            end = (
-                8
-                + length
-                + max(
-                    (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-                )
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
-            end = None
-    if end != size:
-        raise ValueError(
-            f"The adapter file {path} is cut off or damaged ({size} bytes"
-            + (f", its header announces {end}" if end else ", no readable header")
-            + "). Save the adapter again, or download it again."
-        )
 
 
 def _set_of(names: list[str] | set[str] | str | None) -> set[str] | str | None:
