@@ -200,10 +200,8 @@ class SealModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        settings = kwargs.get("generation_config")
-        num_beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
         rope = position_switch(self.model)
-        with scaled_rows(self, adapter_names, num_beams), rope.rows(adapter_names) if rope else nullcontext():
+        with scaled_rows(self, self.model, adapter_names), rope.rows(adapter_names) if rope else nullcontext():
             yield
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:
