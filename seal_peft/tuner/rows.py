@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .layer import SealLayer
 
@@ -180,6 +181,26 @@ def _repeat_rows(layers: Sequence[SealLayer], rows: list[str], adapter_names: Se
     for layer in layers:
         if layer.row_scale is not None:
             layer.row_scale = layer.row_scale[::before].repeat_interleave(times, dim=0)
+
+
+def refuse_names(model: nn.Module) -> RemovableHandle:
+    """Let a base model refuse `adapter_names`, which PEFT's wrapper takes out before it calls it.
+
+    Models that got their adapters by transformers' own calls have no wrapper, and would ignore them without a word.
+
+    Returns:
+        What takes the refusal back.
+    """
+    return model.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+
+
+def _refuse_names(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            "`adapter_names` needs PEFT's wrapper, and this model was called without it. Load the adapters with "
+            "`PeftModel.from_pretrained(model, folder)` and `load_adapter`, and call what that returns. Without it, "
+            "all rows have the adapter that `set_adapter` chose."
+        )
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]) -> Any:
