@@ -75,7 +75,8 @@ def measure(arguments: argparse.Namespace, method: str, count: int) -> dict[str,
         times |= timed(every_call=lambda: step(model, adapter_names=different))
         times |= timed(every_call_one_adapter=lambda: step(model, adapter_names=same))
         if method == SEAL:
-            # As in generate(): the rows' scales are gathered once for all steps.
+            # As in generate(): the rows' scales are gathered once, on entering, for all steps.
+            times |= timed(enter=lambda: _enter(model, different))
             with model.base_model._enable_peft_forward_hooks(adapter_names=different):
                 times |= timed(within_generate=lambda: step(model))
             with model.base_model._enable_peft_forward_hooks(adapter_names=same):
@@ -93,6 +94,11 @@ def measure(arguments: argparse.Namespace, method: str, count: int) -> dict[str,
         "peak_gib": peak / 2**30,
         "one_more_adapter": None if count == 1 else _one_more(steps, peak - base_peak, count),
     }
+
+
+def _enter(model: PeftModel, names: list[str]) -> None:
+    with model.base_model._enable_peft_forward_hooks(adapter_names=names):
+        pass
 
 
 def _one_more(steps: dict[str, dict[str, float]], peak: float, count: int) -> dict[str, float]:
@@ -130,7 +136,7 @@ def _show(result: dict[str, Any]) -> None:
 def main() -> None:
     """Measure, print a line for each, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", default="8b", choices=["8b", "tiny"])
+    parser.add_argument("--size", default="8b", choices=["8b", "thin", "tiny"])
     parser.add_argument("--tokens", type=int, default=128, help="tokens in each row's cache")
     parser.add_argument("--seal", type=int, nargs="*", default=[1, 16, 256, 1024])
     parser.add_argument("--lora", type=int, nargs="*", default=[1, 16, 64, 256, 1024])

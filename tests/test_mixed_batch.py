@@ -56,18 +56,21 @@ def test_the_rows_of_the_fixture_differ(model):
     assert all((a - b).abs().max() > 1e-3 for i, a in enumerate(results) for b in results[:i])
 
 
+SAMPLED = {"num_return_sequences": 3, "do_sample": True, "top_k": 1}  # repeats rows without beams
+
+
 @pytest.mark.parametrize(
-    "settings",
+    ("where", "settings"),
     [
-        {"num_beams": 1},
-        {"num_beams": 3},
-        {"num_beams": 4, "num_return_sequences": 2},
-        {"num_return_sequences": 3, "do_sample": True, "top_k": 1},  # rows repeated without beams
+        ("argument", {}),
+        ("argument", {"num_beams": 3}),
+        ("generation_config", {"num_beams": 3}),
+        ("model", {"num_beams": 3}),
+        ("model", {"num_beams": 4, "num_return_sequences": 2}),
+        ("argument", SAMPLED),
     ],
-    ids=str,
 )
-@pytest.mark.parametrize("where", ["argument", "generation_config", "model"])
-def test_generation_keeps_rows_apart_however_it_repeats_them(settings, where):
+def test_generation_keeps_rows_apart_however_it_repeats_them(where, settings):
     model = adapted("llama", "channel")
     model.add_adapter("other", SealConfig(granularity="channel", task_type="CAUSAL_LM"))
     draw_scales(model, "other", seed=7)
