@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from shapes import random_model
 from timing import interleaved, summary
 from torch import nn
@@ -25,6 +25,7 @@ QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 METHODS = {
     "seal-h": lambda: seal_peft.SealConfig(granularity="head", init_weights=False),
     "seal-c": lambda: seal_peft.SealConfig(granularity="channel", init_weights=False),
+    "seal-h and query": lambda: seal_peft.SealConfig(sites=("output", "query"), init_weights=False),
     "ia3 on the input of o_proj": lambda: IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]),
     "lora r=4 q,k,v,o": lambda: LoraConfig(r=4, target_modules=QKVO, init_lora_weights=False),
 }
@@ -40,15 +41,20 @@ class Switch:
             get_peft_model(model, config()).eval().requires_grad_(False)
             self.wrapped[name] = self._projections()
             self._undress()
-        merged = get_peft_model(model, METHODS["seal-c"]()).eval()
+        for name in ("seal-h", "seal-c"):
+            self.wrapped[f"{name} merged"] = self._merged(METHODS[name]())
+
+    def _merged(self, config: PeftConfig) -> dict[str, nn.Module]:
+        """Plain projections with an adapter's scales in their weights."""
+        merged = get_peft_model(self.model, config).eval()
         merged.merge_adapter()
         plain = copy.copy(self.wrapped["base"])
         for path, module in self._projections().items():
             if hasattr(module, "get_base_layer"):
                 plain[path] = copy.deepcopy(module.get_base_layer())
         merged.unmerge_adapter()
-        self.wrapped["seal-c merged"] = plain
         self._undress()
+        return plain
 
     def _undress(self) -> None:
         self._put(self.wrapped["base"])

@@ -68,6 +68,7 @@ class Setting:
         questions: Questions about each context.
         test_lengths: Lengths in tokens.
         rope: RoPE that the adapters bring along.
+        checkpointing: Whether activations are made again in the backward pass.
     """
 
     systems: tuple[str, ...]
@@ -76,12 +77,13 @@ class Setting:
     questions: int
     test_lengths: tuple[int, ...]
     rope: dict[str, Any] | None = None
+    checkpointing: bool = False
 
 
 SETTINGS = {
-    "native": Setting(tuple(SYSTEMS), (512, 1024, 2048, 4096, 6144, 8192), 200, 4, (1024, 4096, 8192)),
-    "ntk": Setting(tuple(SYSTEMS), (2048, 4096, 8192, 16384, 24576, 31744), 40, 8, (16384, 32768), NTK),
-    "beyond": Setting(("output-head+query", GROWING), (1024, 2048, 4096, 8192), 150, 8, (8192, 16384, 32768), NTK),
+    "native": Setting(tuple(SYSTEMS), (512, 1024, 2048, 4096, 6144, 8192), 120, 8, (1024, 4096, 8192)),
+    "ntk": Setting(tuple(SYSTEMS), (2048, 4096, 8192, 16384, 24576, 31744), 24, 8, (16384, 32768), NTK, True),
+    "beyond": Setting(("output-head+query", GROWING), (1024, 2048, 4096, 8192), 75, 8, (8192, 16384, 32768), NTK),
     "tiny": Setting((*SYSTEMS, GROWING), (384, 512), 4, 2, (512,), NTK),
 }
 
@@ -173,6 +175,7 @@ class Bench:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             max_grad_norm=1.0,
+            gradient_checkpointing=self.setting.checkpointing,
             logging_steps=20,
             save_strategy="no",
             report_to="none",
@@ -280,11 +283,11 @@ def _interval(scores: list[list[float]]) -> dict[str, float]:
 # -- many processes ---------------------------------------------------------------------------------------------------
 
 
-def claimed(folder: Path, jobs: list[tuple[str, float, int]]) -> Iterator[tuple[str, float, int]]:
-    """Yield the jobs that no other process has begun in this call."""
+def claimed(folder: Path, phase: str, jobs: list[tuple[str, float, int]]) -> Iterator[tuple[str, float, int]]:
+    """Yield the jobs of a phase that no other process has begun in this call."""
     for job in jobs:
         try:
-            (folder / "{}-{:g}-{}.claim".format(*job)).touch(exist_ok=False)
+            (folder / "{}-{:g}-{}.{}.claim".format(*job, phase)).touch(exist_ok=False)
         except FileExistsError:
             continue
         yield job
@@ -293,7 +296,7 @@ def claimed(folder: Path, jobs: list[tuple[str, float, int]]) -> Iterator[tuple[
 def work(bench: Bench, phase: str) -> None:
     """Do a share of the jobs of one phase."""
     torch.set_num_threads(1)
-    for job in claimed(bench.folder, bench.searches() if phase == "search" else bench.finals()):
+    for job in claimed(bench.folder, phase, bench.searches() if phase == "search" else bench.finals()):
         if job[1]:
             bench.train(*job)
         if phase == "final":
