@@ -245,6 +245,14 @@ def test_what_cannot_be_mixed_is_refused_and_leaves_nothing_behind(prepare, name
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize(
+    "run", [lambda m, **kw: m(INPUT_IDS, **kw), lambda m, **kw: m.generate(INPUT_IDS, max_new_tokens=2, **kw)]
+)
+def test_no_names_at_all_are_too_few(run):
+    with pytest.raises(ValueError, match="Length of `adapter_names`.* got 0 and"):
+        run(adapted("llama", "head").eval(), adapter_names=[])
+
+
 def test_a_single_name_is_not_a_list_of_names():
     model = adapted("llama", "head").eval()
     with pytest.raises(TypeError, match="one adapter name per row"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial, reduce
 from typing import Any, NamedTuple, cast
@@ -52,9 +52,14 @@ def scaled_rows(model: nn.Module, base: nn.Module, adapter_names: Sequence[str])
         for module in parts.trained_modules
     ]
     before = [layer.row_scale for layer in parts.layers]
-    try:
+
+    def repeat(times: int) -> None:
+        rows[:] = [name for name in adapter_names for _ in range(times)]
         _scale_rows(parts.layers, names, rows)
-        with _on_expansion(base, lambda times: _repeat_rows(parts.layers, rows, adapter_names, times)):
+
+    try:
+        repeat(1)
+        with _on_expansion(base, repeat):
             yield
     finally:
         for layer, row_scale in zip(parts.layers, before, strict=True):
@@ -115,7 +120,7 @@ def _checked(model: nn.Module, parts: _Parts, adapter_names: Sequence[str]) -> l
 def _scale_rows(layers: Sequence[SealLayer], names: Sequence[str], rows: Sequence[str]) -> None:
     """Give every layer the scales of all rows, `(rows, heads, 1 or head_dim)`, where it has any adapter at all."""
     position = {name: place for place, name in enumerate((BASE, *names))}
-    index = torch.tensor([position[name] for name in rows])
+    index = torch.tensor([position[name] for name in rows], dtype=torch.long)
     indices = {index.device: index}
     for layer in layers:
         gathered = []
@@ -154,15 +159,16 @@ def _tables(layer: SealLayer, names: Sequence[str]) -> list[Tensor]:
 
 
 @contextmanager
-def _on_expansion(base: nn.Module, repeat: Any) -> Iterator[None]:
-    """Call `repeat(times)` when generation repeats its inputs, whichever of its settings made it do so."""
+def _on_expansion(base: nn.Module, repeat: Callable[[int], None]) -> Iterator[None]:
+    """Call `repeat(times)` when generation repeats every input next to itself, whatever made it do so."""
     expand = getattr(base, _EXPAND, None)
     if expand is None:
         yield
         return
 
     def expand_and_repeat(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
-        repeat(expand_size)
+        if expand_size != 1:
+            repeat(expand_size)
         return expand(expand_size, *args, **kwargs)
 
     own = {name: value for name, value in vars(base).items() if name == _EXPAND}
@@ -172,15 +178,6 @@ def _on_expansion(base: nn.Module, repeat: Any) -> Iterator[None]:
     finally:
         del vars(base)[_EXPAND]
         vars(base).update(own)
-
-
-def _repeat_rows(layers: Sequence[SealLayer], rows: list[str], adapter_names: Sequence[str], times: int) -> None:
-    """Repeat every row next to itself, as generation does; `rows` is what other modules read."""
-    before = len(rows) // len(adapter_names)
-    rows[:] = [name for name in adapter_names for _ in range(times)]
-    for layer in layers:
-        if layer.row_scale is not None:
-            layer.row_scale = layer.row_scale[::before].repeat_interleave(times, dim=0)
 
 
 def refuse_names(model: nn.Module) -> RemovableHandle:
