@@ -10,6 +10,7 @@ so it is raised until a step takes longer than `--step_limit` or the memory is f
 from __future__ import annotations
 
 import argparse
+import copy
 import gc
 from typing import Any
 
@@ -37,13 +38,14 @@ def with_adapters(model: torch.nn.Module, method: str, count: int) -> PeftModel:
         return LoraConfig(r=4, target_modules=QKVO, init_lora_weights=False, inference_mode=True)
 
     wrapped = get_peft_model(model, config(), adapter_name="task0")
-    layers: list[Any] = [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]
-    for name in (f"task{index}" for index in range(1, count)):
-        # What add_adapter does to the layers; its own walks over all modules are not what is timed here.
-        wrapped.peft_config[name] = config()
-        for layer in layers:
-            arguments = () if method == SEAL else (4, 8)
-            layer.update_layer(name, *arguments, config=wrapped.peft_config[name])
+    # Copies of the first one: adding them one by one takes minutes, and time and memory do not depend on the values.
+    names = [f"task{index}" for index in range(1, count)]
+    wrapped.peft_config.update({name: config() for name in names})
+    for layer in [module for module in wrapped.modules() if isinstance(module, BaseTunerLayer)]:
+        for attribute in (*layer.adapter_layer_names, *layer.other_param_names):
+            values = getattr(layer, attribute)
+            if hasattr(values, "keys") and "task0" in values:
+                values.update({name: copy.deepcopy(values["task0"]) for name in names})
     return wrapped.eval().requires_grad_(False)
 
 
