@@ -5,16 +5,21 @@ seal-peft merge --adapter_name_or_path runs/demo/adapter --output_dir runs/demo/
 
 from __future__ import annotations
 
+import errno
+import glob
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .loading import base_of_adapter, load_adapter, load_config, load_model, load_tokenizer, read_adapter
+from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer, read_adapter
 from .tuner import save_adapter
 from .tuner.config import check_sites
+from .tuner.saving import disk_is_full
 
 # Folder, inside that of the merged model, of an adapter with what was not merged.
 REST = "seal_adapter"
@@ -44,7 +49,8 @@ class MergeArguments:
 def merge(arguments: MergeArguments) -> Path:
     """Write a plain checkpoint with the scales folded into the weights.
 
-    The folder appears by one rename, so that a crash never leaves half a model under its name.
+    The folder appears by one rename, so that a crash never leaves half a model under its name. What a crash left
+    beside it is removed by the next merge to the same name.
 
     Args:
         arguments: See `MergeArguments`.
@@ -53,9 +59,10 @@ def merge(arguments: MergeArguments) -> Path:
         The folder of the merged model.
 
     Raises:
-        ValueError: The output folder exists already, or the adapter is broken or needs Self-Extend, which no engine
-            would apply to the plain model; raised before any model is loaded. Or the model cannot take scales of one
-            of the sites into its weights.
+        ValueError: The output folder exists already, or the adapter is broken, of another base, or needs Self-Extend,
+            which no engine would apply to the plain model; raised before any model is loaded. Or the model cannot take
+            scales of one of the sites into its weights.
+        OSError: The folder cannot be written. Nothing is left of it.
     """
     target = Path(arguments.output_dir)
     if target.exists():
@@ -71,23 +78,43 @@ def merge(arguments: MergeArguments) -> Path:
     merged_sites = check_sites(arguments.sites)
     rest = [site for site in getattr(config, "sites", ()) if site not in merged_sites]
     base = arguments.model_name_or_path or base_of_adapter(config, adapter)
-    load_config(base)
+    check_adapter(base, adapter)
     tokenizer = load_tokenizer(base)
     model = load_adapter(load_model(base, arguments.dtype), adapter)
     if not rest:
         merged = model.merge_and_unload(progressbar=True, safe_merge=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
+    with _appearing(target) as folder:
         if rest:
             model.peft_config["default"].base_model_name_or_path = str(target.resolve())
-            save_adapter(model, temporary / REST, sites=rest)
+            save_adapter(model, folder / REST, sites=rest)
             model.merge_adapter(safe_merge=True, sites=merged_sites)
             merged = model.unload()
-        merged.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return target
+
+
+@contextmanager
+def _appearing(target: Path) -> Iterator[Path]:
+    """Yield a folder to write files to, which takes the name of the target when all went well."""
+    unfinished, temporary = f".{target.name}.merging-", None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(glob.escape(unfinished) + "*"):
+            shutil.rmtree(left, ignore_errors=True)
+        temporary = Path(tempfile.mkdtemp(prefix=unfinished, dir=target.parent))
+        yield temporary
         temporary.chmod(0o755)
         os.rename(temporary, target)
+    except Exception as error:
+        if not disk_is_full(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"The disk is full: the merged model was not written, and nothing is left of it ({error}). Free some "
+            "space or choose an --output_dir on another disk, and merge again",
+            str(target),
+        ) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return target
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from models import adapted, base_model, llama, logits, seal_layers
 from seal_peft import SealConfig, scales
+from seal_peft.tuner.weights import take_settings
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -174,7 +175,7 @@ def test_a_state_dict_with_broken_scales_is_refused():
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     model = adapted()
-    good = get_peft_model_state_dict(model)
+    good, _ = take_settings(get_peft_model_state_dict(model))
     before = logits(model)
     broken = {key: torch.full_like(value, math.nan) for key, value in good.items()}
     with pytest.raises(ValueError, match="NaN or infinite scales"):

@@ -34,7 +34,7 @@ NOT_RUN = {
     "git clone": "needs the repository's address",
     "make ": "installs; CI runs demo, test, quality and docs itself",
     "pip ": "needs a package index",
-    'HF_HUB_OFFLINE=1 python -c "import seal_peft; from lm_eval': "needs lm-eval",
+    'HF_HUB_OFFLINE=1 python -c "import seal_peft; from lm_eval': "tests/test_lm_eval.py, where lm-eval is installed",
     "python examples/": "tests/test_examples.py; tests/test_serving.py",
     "accelerate launch --multi_gpu": "tests/test_examples.py; tests/test_evaluate_restarts.py",
     "PYTHONPATH=examples/axolotl": "docs/trainers.md says that it has not been run",

@@ -12,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config
 import models
 import tokenizers_for_tests as tokenizers_
 from seal_peft import SealConfig
-from seal_peft.data import read_samples
+from seal_peft.data import read_samples, window_of
 from seal_peft.evaluate import EvaluateArguments, evaluate
 from seal_peft.loading import check_adapter
+from seal_peft.merge import MergeArguments, merge
 from seal_peft.reach import reach
 from seal_peft.tasks import Sample
 from stages import WINDOW, error_of, save_model, save_samples, seal
@@ -73,6 +74,12 @@ def test_an_adapter_reaches_what_its_extension_reaches(house: Path, name: str) -
     assert adapted is not None
     assert adapted.get_input_embeddings().weight.device.type == "meta"
     assert reach(adapted) == EXTENDED[name][1]
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_a_merged_model_reaches_what_its_adapter_did(house: Path, tmp_path: Path, name: str) -> None:
+    merge(MergeArguments(str(house / name), str(tmp_path / "merged")))
+    assert window_of(AutoConfig.from_pretrained(tmp_path / "merged")) == ROPES[name][1]
 
 
 @pytest.mark.parametrize("name", ["seal", "lora"])

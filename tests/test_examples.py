@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import seal_peft
+from seal_peft.tuner.weights import take_settings
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -36,7 +37,7 @@ def assert_learned(folder: Path) -> None:
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter_model.safetensors")
+    return take_settings(load_file(folder / "adapter_model.safetensors"))[0]
 
 
 @pytest.fixture

@@ -44,18 +44,17 @@ def test_keys_and_numbers_of_a_register_differ_and_numbers_are_in_range(seed: in
     assert all(1 <= value <= 50_000 for _, value in entries)
 
 
-def test_keys_differ_where_longeval_runs_out_of_words() -> None:
-    entries = register(lines.make(seed=0, size=5000, depth=1.0))
-    assert len({key for key, _ in entries}) == 5000
+def test_keys_and_numbers_differ_where_longeval_runs_out_of_words() -> None:
+    registers = [register(lines.make(seed=0, size=5000, depth=1.0, split=split)) for split in SPLITS]
+    assert [len(set(column)) for entries in registers for column in zip(*entries, strict=True)] == [5000] * 4
+    assert not {value for _, value in registers[0]} & {value for _, value in registers[1]}
 
 
 @given(seed=seeds, size=st.integers(1, 60))
-def test_no_key_of_the_training_split_occurs_in_the_test_split(seed: int, size: int) -> None:
-    nouns = {
-        split: {key.split("-")[1] for key, _ in register(lines.make(seed=seed, size=size, depth=0.0, split=split))}
-        for split in SPLITS
-    }
-    assert not nouns["train"] & nouns["test"]
+def test_no_key_and_no_number_of_the_training_split_occurs_in_the_test_split(seed: int, size: int) -> None:
+    train, test = (register(lines.make(seed=seed, size=size, depth=0.0, split=split)) for split in SPLITS)
+    assert not {key.split("-")[1] for key, _ in train} & {key.split("-")[1] for key, _ in test}
+    assert not {value for _, value in train} & {value for _, value in test}
     assert not set(lines._words("train")[1]) & set(lines._words("test")[1])
 
 

@@ -1,6 +1,8 @@
 """The merge stage: a plain checkpoint, whole or not there at all."""
 
+import errno
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import models
+from faults import die, in_a_process_of_its_own
 from seal_peft import SealConfig
 from seal_peft.loading import load_adapter, load_model
 from seal_peft.merge import MergeArguments, merge
@@ -94,15 +97,83 @@ def test_the_merged_model_has_the_dtype_of_the_base_unless_asked(
     assert {str(weight.dtype) for weight in load_file(merged / "model.safetensors").values()} == {f"torch.{stored}"}
 
 
-def test_a_crash_in_the_middle_leaves_nothing(house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save = PreTrainedModel.save_pretrained
+# --- faults --------------------------------------------------------------------------------------------------------
 
-    def crash(model: PreTrainedModel, folder: Path, **options: object) -> None:
-        save(model, folder, **options)
-        raise OSError("No space left on device")
 
-    monkeypatch.setattr(PreTrainedModel, "save_pretrained", crash)
-    with pytest.raises(OSError, match="No space left"):
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("step", "written"),
+    [
+        ("transformers.modeling_utils.safe_save_file", False),
+        ("transformers.PreTrainedTokenizerBase.save_pretrained", False),
+        ("os.rename", False),
+        ("seal_peft.merge.shutil.rmtree", True),
+    ],
+)
+def test_a_killed_merge_leaves_a_whole_model_or_none(
+    step: str, written: bool, house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, target = contents(house), tmp_path / "merged"
+    (tmp_path / ".merged-of-mine").mkdir()
+
+    def merge_and_die() -> None:
+        monkeypatch.setattr(step, die)
+        merge(MergeArguments(str(house / "adapter"), str(target)))
+
+    assert in_a_process_of_its_own(merge_and_die) == signal.SIGKILL
+    assert target.exists() == written
+    assert contents(house) == before
+    if not written:
+        assert len(list(tmp_path.iterdir())) == 2  # what the kill left is hidden, and swept by the next merge
+        merge(MergeArguments(str(house / "adapter"), str(target)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".merged-of-mine", "merged"]
+    model = load_model(str(house / "model"), "float32").eval()
+    adapted = models.logits(load_adapter(model, str(house / "adapter")))
+    torch.testing.assert_close(models.logits(load_model(str(target), "float32").eval()), adapted)
+
+
+@pytest.mark.parametrize("what", ["model", "tokenizer", "folder"])
+def test_a_full_disk_is_named_and_nothing_is_left(
+    what: str, house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {
+        "model": "transformers.modeling_utils.safe_save_file",
+        "tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
+        "folder": "seal_peft.merge.tempfile.mkdtemp",
+    }
+
+    def no_space(*args: object, **options: object) -> None:
+        if what == "folder":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        raise Exception("No space left on device (os error 28)")  # as libraries written in Rust say it
+
+    monkeypatch.setattr(places[what], no_space)
+    message = refusal(capsys, house / "adapter", tmp_path / "merged")
+    assert "The disk is full: the merged model was not written, and nothing is left of it" in message
+    assert "Free some space or choose an --output_dir on another disk, and merge again" in message
+    assert str(tmp_path / "merged") in message
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_really_full_keeps_what_was_there(
+    house: Path, tiny_disk: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tiny_disk / "notes.txt").write_text("mine")
+    assert "The disk is full" in refusal(capsys, house / "adapter", tiny_disk / "merged")
+    assert [path.name for path in tiny_disk.iterdir()] == ["notes.txt"]
+
+
+def test_other_errors_pass_through_and_leave_nothing(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*args: object, **options: object) -> None:
+        raise RuntimeError("something else")
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", broken)
+    with pytest.raises(RuntimeError, match="something else"):
         merge(MergeArguments(str(house / "adapter"), str(tmp_path / "merged")))
     assert not list(tmp_path.iterdir())
 
@@ -135,6 +206,10 @@ def test_broken_and_homeless_adapters_are_refused_before_a_model_is_loaded(
     assert "does not name its base model. Pass --model_name_or_path" in refusal(capsys, adapter, target)
     (adapter / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "/no/such/model"}))
     assert "There is no model folder '/no/such/model'" in refusal(capsys, adapter, target)
+    save_model(tmp_path / "deeper", weights=False, num_hidden_layers=3)
+    deeper = {**config, "base_model_name_or_path": str(tmp_path / "deeper")}
+    (adapter / "adapter_config.json").write_text(json.dumps(deeper))
+    assert f"does not fit the model {tmp_path / 'deeper'}" in refusal(capsys, adapter, target)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-9])
     assert "cut off or damaged" in refusal(capsys, adapter, target)

@@ -124,7 +124,7 @@ def test_a_saved_adapter_gives_the_same_logits_and_scales(name, sites, tmp_path)
     assert {key: value.tolist() for key, value in scales(tmp_path).items()} == {
         key: value.tolist() for key, value in scales(model).items()
     }
-    assert all(key.endswith(".seal_delta.weight") for key in load_file(tmp_path / "adapter_model.safetensors"))
+    assert all(".seal_delta." in key for key in load_file(tmp_path / "adapter_model.safetensors"))
 
 
 def test_channels_of_outputs_and_one_number_per_query(tmp_path):

@@ -111,8 +111,9 @@ def test_every_type_of_this_transformers_is_tested():
 def test_applying_to_llama_equals_building(kind):
     now = apply_and_compare(llama, TYPES[kind])
     assert now["rope_type"] == kind
-    reached = 32 if kind in ("default", "dynamic", "proportional") else 128
-    assert now["max_position_embeddings"] == reached
+    # Engines multiply the maximum of `linear` and `dynamic` by the factor themselves.
+    maximum = 32 if kind in ("default", "dynamic", "linear", "proportional") else 128
+    assert now["max_position_embeddings"] == maximum
     assert now.get("original_max_position_embeddings", 32) == 32
 
 
@@ -169,7 +170,7 @@ def test_a_model_that_is_extended_already_can_be_extended_differently():
         return llama(**{"max_position_embeddings": 128, "rope_parameters": dict(own), **kwargs})
 
     now = apply_and_compare(yarn, {"rope_type": "linear", "factor": 8.0})
-    assert (now["rope_type"], now["max_position_embeddings"]) == ("linear", 256)
+    assert (now["rope_type"], now["max_position_embeddings"]) == ("linear", 32)
     assert apply_and_compare(yarn, {"factor": 8.0, "max_position_embeddings": 256})["rope_type"] == "yarn"
 
 

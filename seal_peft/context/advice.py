@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from .probe import rotary_layers
-from .rope import apply_rope, read_rope, resolve_rope
+from .rope import apply_rope, reach_of, read_rope, resolve_rope
 from .self_extend import extended_window
 
 # The authors' rule: the positions in use should stay within this share of those that the model was trained on.
@@ -76,7 +76,7 @@ def advise(config: PreTrainedConfig, length: int) -> list[Advice]:
         raise ValueError(
             f"{type(model).__name__} has no rotary position embedding that this package knows, so nothing extends it."
         )
-    window = int(own["max_position_embeddings"])
+    window = reach_of(own)
     if length <= window:
         return [Advice("none", {}, window, "the model's own positions reach")]
     return [*(_rope(model, kind, length, window) for kind in _NOTES), _self_extend(model, length, window)]
@@ -86,7 +86,7 @@ def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
     try:
         # What a factor multiplies: of a model that is extended already, not always its window.
         asked = {"rope_type": kind, "factor": 1000.0}
-        unit = window if kind == "dynamic" else int(resolve_rope(model, asked)["max_position_embeddings"]) // 1000
+        unit = reach_of(resolve_rope(model, asked)) // 1000
         factor = math.ceil(100 * length / unit) / 100
         request = {"rope_type": kind, "factor": factor}
         apply_rope(model, request).restore()

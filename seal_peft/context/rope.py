@@ -62,7 +62,8 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
             `rope_theta * factor ** (d / (d - 2))` for `d` rotated channels. For models with RoPE per layer type, give
             `{"full_attention": {...}, ...}`; parameters without a layer type are for `full_attention`. The key
             `max_position_embeddings` beside them sets the length; otherwise it is raised by the factor, except for
-            `"dynamic"`, which measures lengths by it.
+            `"dynamic"`, which measures lengths by it, and for `"linear"`, where it is the native length: so published
+            models have it, and engines multiply it by the factor.
 
     Returns:
         What puts the old parameters back: `.restore()`.
@@ -159,20 +160,29 @@ def resolve_rope(
         if unknown := [name for name in request if name not in layer_types and request[name] != own.get(name)]:
             raise ValueError(f"No RoPE for the layer types {unknown}. {type(model).__name__} has {layer_types}.")
         found = {
-            name: _resolve(request[name], own[name], longest, _rotated(model, f"{name}_inv_freq"))
+            name: _resolve(request[name], own[name], longest, _rotated(model, f"{name}_inv_freq"), alone=False)
             for name in layer_types
             if name in request
         }
         resolved = {**own, **{name: parameters for name, (parameters, _) in found.items()}}
-        reached = [length for _, length in found.values()]
+        new_longest = max([longest, *(length for _, length in found.values())])
     else:
-        resolved, length = _resolve(request, own, longest, _rotated(model, "inv_freq"))
-        reached = [length]
-    return {**resolved, _MAX: asked_longest or max([longest, *reached])}
+        resolved, new_longest = _resolve(request, own, longest, _rotated(model, "inv_freq"), alone=True)
+    return {**resolved, _MAX: asked_longest or new_longest}
 
 
-def _resolve(request: dict[str, Any], own: dict[str, Any], longest: int, dim: int) -> tuple[dict[str, Any], int]:
-    """Complete the parameters of one layer type; say how far they reach."""
+def reach_of(parameters: Mapping[str, Any]) -> int:
+    """Return how many tokens parameters in the form of `read_rope` reach."""
+    by_layer: list[Mapping[str, Any]] = [value for value in parameters.values() if isinstance(value, dict)]
+    outside = {"dynamic"} if by_layer else {"dynamic", "linear"}  # types whose factor is not in the maximum
+    factors = [kind["factor"] for kind in by_layer or [parameters] if kind.get("rope_type") in outside]
+    return int(max(factors, default=1) * parameters[_MAX])
+
+
+def _resolve(
+    request: dict[str, Any], own: dict[str, Any], longest: int, dim: int, alone: bool
+) -> tuple[dict[str, Any], int]:
+    """Complete the parameters of one layer type, `alone` if all layers have it; say which maximum goes with them."""
     kind = request.get("rope_type", own.get("rope_type", "default"))
     known = sorted({"default", "ntk", *ROPE_INIT_FUNCTIONS})
     if kind not in known:
@@ -187,7 +197,9 @@ def _resolve(request: dict[str, Any], own: dict[str, Any], longest: int, dim: in
             raise ValueError(
                 f"{name} in rope_parameters must have {dim // 2} numbers, one per rotated pair of channels."
             )
-    native = own.get(_NATIVE) or int(longest / (own.get("factor", 1) if own.get("rope_type") == "linear" else 1))
+    # Gemma 3 has a scaling for some of its layers, and its maximum is the extended one.
+    stretched = own.get("factor", 1) if own.get("rope_type") == "linear" and not alone else 1
+    native = own.get(_NATIVE) or int(longest / stretched)
     if kind == "ntk":
         if "factor" not in request or set(request) - {"rope_type", "factor", "rope_theta"}:
             raise ValueError(f"rope_type='ntk' takes a factor and, if you like, rope_theta; got {request}.")
@@ -202,7 +214,9 @@ def _resolve(request: dict[str, Any], own: dict[str, Any], longest: int, dim: in
         resolved.setdefault(_NATIVE, native)
     if kind == "dynamic":
         return resolved, longest
-    return resolved, int(factor * resolved.get(_NATIVE, native))
+    if kind == "linear" and alone:
+        return resolved, native
+    return resolved, max(longest, int(factor * resolved.get(_NATIVE, native)))
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig | None:

@@ -2,7 +2,7 @@
 
 Every line has LongEval's form, `line KEY: REGISTER_CONTENT is <N>`, with an adjective-noun key and N in 1..50000; the
 sentences around the lines are our own. What LongEval lacks is here: a seed, the asked line at a chosen depth, distinct
-keys at any size, disjoint keys for training and testing, and several questions about one register.
+keys at any size, disjoint keys and numbers for training and testing, and several questions about one register.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from random import Random
 
 from wonderwords import RandomWord
 
-from .parts import asked_places, check_arguments, half, new_sample
+from .parts import asked_places, check_arguments, half, new_number, new_sample
 from .sample import Sample
 
 NAME = "lines"
@@ -32,14 +32,14 @@ def make(*, seed: int, size: int, depth: float, split: str = "test", questions: 
     """Build one register with its questions.
 
     With one seed, the register of `size + 1` lines is the register of `size` lines and one more, so that the number of
-    tokens grows with `size`. All keys differ. The numbers of a register differ as well, up to 50,000 lines: a right
-    number cannot come from a wrong line.
+    tokens grows with `size`. All keys differ. The numbers of a register differ as well, up to some 25,000 lines: a
+    right number cannot come from a wrong line.
 
     Args:
         seed: Decides keys, numbers and which other lines are asked.
         size: Number of lines.
         depth: Place of the line asked last, from 0.0 (first line) to 1.0 (last line).
-        split: `"train"` or `"test"`; no key of one ever occurs in the other.
+        split: `"train"` or `"test"`; no key and no number of one ever occurs in the other.
         questions: Number K of different lines asked, one a turn; the first K - 1 are answered in `messages`.
 
     Returns:
@@ -87,11 +87,11 @@ def _entries(seed: int, size: int, split: str) -> list[tuple[str, int]]:
         key = _new_key(rng, adjectives, nouns)
         while key in keys:
             key = _new_key(rng, adjectives, nouns)
-        if len(values) == MAX_VALUE:
+        if len(values) == _num_values(split):
             values.clear()
-        value = rng.randint(1, MAX_VALUE)
+        value = int(new_number(rng, split, 1, MAX_VALUE))
         while value in values:
-            value = rng.randint(1, MAX_VALUE)
+            value = int(new_number(rng, split, 1, MAX_VALUE))
         keys.add(key)
         values.add(value)
         entries.append((key, value))
@@ -100,6 +100,11 @@ def _entries(seed: int, size: int, split: str) -> list[tuple[str, int]]:
 
 def _new_key(rng: Random, adjectives: tuple[str, ...], nouns: tuple[str, ...]) -> str:
     return f"{rng.choice(adjectives)}-{rng.choice(nouns)}"
+
+
+@cache
+def _num_values(split: str) -> int:
+    return len(half(map(str, range(1, MAX_VALUE + 1)), split))
 
 
 @cache

@@ -81,6 +81,21 @@ def new_uuid(rng: Random, split: str) -> str:
             return text
 
 
+def new_number(rng: Random, split: str, first: int, last: int) -> str:
+    """A random whole number of a split in decimal; no number belongs to both.
+
+    Args:
+        rng: Decides which.
+        split: One of `SPLITS`.
+        first: Smallest number.
+        last: Greatest number.
+    """
+    while True:
+        text = str(rng.randint(first, last))
+        if belongs(text, split):
+            return text
+
+
 def belongs(item: str, split: str) -> bool:
     """Whether an item is on a split's side. About half of all are.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 
 from .haystacks import prose, words
-from .parts import check_arguments, check_questions, new_uuid
+from .parts import check_arguments, check_questions, new_number, new_uuid
 from .ruler_templates import wording
 from .sample import Sample
 
@@ -69,7 +69,7 @@ def make(name: str, *, seed: int, size: int, depth: float, split: str, questions
         seed: Decides everything random.
         size: Words of essay, sentences of noise, or needles that the haystack is made of.
         depth: Place of the needle asked last. Where several values are asked at once, all stand at random places.
-        split: `"train"` or `"test"`; they share no key words and no essays.
+        split: `"train"` or `"test"`; they share no key words, no values and no essays.
         questions: Number K of keys asked one after the other.
 
     Raises:
@@ -140,7 +140,7 @@ def _needles(rng: Random, form: Form, split: str, count: int) -> list[Needle]:
 
     draws: dict[str, Callable[[], str]] = {
         "words": lambda: f"{rng.choice(known.adjectives)}-{rng.choice(known.nouns)}",
-        "numbers": lambda: str(rng.randint(1_000_000, 9_999_999)),
+        "numbers": lambda: new_number(rng, split, 1_000_000, 9_999_999),
         "uuids": lambda: new_uuid(rng, split),
     }
     return [

@@ -12,7 +12,7 @@ from itertools import islice
 from random import Random
 
 from .haystacks import words
-from .parts import belongs, check_arguments, check_questions
+from .parts import belongs, check_arguments, check_questions, new_number
 from .ruler_templates import wording
 from .sample import Sample
 
@@ -38,7 +38,7 @@ def make_vt(*, seed: int, size: int, depth: float, split: str, questions: int) -
         seed: Decides everything random.
         size: Sentences of noise, beyond the fewest that hold a chain.
         depth: Not used: the chain runs through the whole context.
-        split: `"train"` or `"test"`; they share no variable names.
+        split: `"train"` or `"test"`; they share no variable names and no values.
         questions: 1, as there is one chain.
 
     Raises:
@@ -79,7 +79,7 @@ def _chain(rng: Random, lines: Sequence[str], name_length: int, split: str) -> t
         name = "".join(rng.choices(string.ascii_uppercase, k=name_length))
         if name not in names and belongs(name, split):
             names.append(name)
-    value = str(rng.randint(10_000, 99_999))
+    value = new_number(rng, split, 10_000, 99_999)
     chain = [f"VAR {names[0]} = {value}"]
     chain += [f"VAR {name} = VAR {before} " for before, name in zip(names, names[1:], strict=False)]
     # Places are drawn as fractions: the same seed hides the chain in the same regions at every size.

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from peft.config import PeftConfig
 from peft.utils import ModulesToSaveWrapper, load_peft_weights
 from torch import nn
 
@@ -17,6 +16,7 @@ from .config import SealConfig, Site
 from .layer import SealLayer
 from .positions import check_same_positions
 from .scales import layers_with
+from .weights import SCALES, checked_weights
 
 
 def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") -> None:
@@ -67,15 +67,13 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
     """
     layers = layers_with(model, adapter_name)
     _unmerged_layers(model, adapter_name)
-    config = PeftConfig.from_pretrained(str(model_id))
+    config = SealConfig.from_pretrained(str(model_id))
     if config.peft_type != "SEAL":
         raise ValueError(f"{model_id} is an adapter of type {config.peft_type}, so it cannot replace a SEAL adapter.")
+    weights = checked_weights(config, load_peft_weights(str(model_id), device="cpu"))
     check_same_positions(config, model, adapter_name)
     _check_same_heads(config, getattr(model, "peft_config", {}).get(adapter_name), model_id)
-    saved = {
-        key.removeprefix("base_model.model.").removesuffix(".seal_delta.weight"): value
-        for key, value in load_peft_weights(str(model_id), device="cpu").items()
-    }
+    saved = {key.removeprefix("base_model.model.").removesuffix(SCALES): value for key, value in weights.items()}
     if unknown := sorted(set(saved) - set(layers)):
         raise ValueError(
             f"{model_id} scales layers that adapter {adapter_name!r} of this model does not have: {unknown[:3]}. "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import tempfile
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from .chosen import check_names
 from .saving import discard_save, finish_save
+from .weights import SCALES, check_weights_file, saved_config, take_settings
 
 Granularity = Literal["head", "channel"]
 Site = Literal["output", "query"]
@@ -67,6 +67,7 @@ class SealConfig(PeftConfig):
         base_rope: Filled in by the model: RoPE parameters of the base that the adapter was trained on. Loading on a
             base that has others warns; to apply the recorded ones, set `rope_parameters` to `base_rope`.
         base_self_extend: Filled in by the model: Self-Extend that the base itself had in force.
+        fingerprint: Filled in when weights are saved: tells whether a file of weights belongs to these settings.
 
     Raises:
         ValueError: A field has a value that is not allowed.
@@ -127,6 +128,9 @@ class SealConfig(PeftConfig):
     )
     base_self_extend: dict[str, int] | None = field(
         default=None, metadata={"help": "Filled in: Self-Extend of the base at training time."}
+    )
+    fingerprint: str | None = field(
+        default=None, metadata={"help": "Filled in: fingerprint of the settings that the saved weights carry."}
     )
 
     def __post_init__(self) -> None:
@@ -222,12 +226,18 @@ class SealConfig(PeftConfig):
         config that never was in a model may be alone in its folder; `PeftConfig.from_pretrained` reads any config
         without asking for weights.
 
+        If the weights carry settings of another save than the config is of, these are returned, with a warning.
+
         Raises:
             ValueError: The weights file of a trained adapter is missing, is cut off or is not a safetensors file, or
-                holds scales that are not finite or not of the config's granularity.
+                holds scales that are not finite, not of the config's granularity, or for another base model.
         """
         folder = os.path.join(pretrained_model_name_or_path, *([subfolder] if subfolder else []))
-        finish_save(folder)
+        if finish_save(folder):  # the caller may have loaded the old one, as AutoPeftModel does before it comes here
+            raise ValueError(
+                f"A save into {folder} had been interrupted. It is complete now, but the adapter is for another base "
+                "model than the one before. Load it again, on its own base model."
+            )
         weights = os.path.join(folder, SAFETENSORS_WEIGHTS_NAME)
         check_weights_file(weights)
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
@@ -235,7 +245,9 @@ class SealConfig(PeftConfig):
             return config
         if os.path.isfile(weights):
             with safe_open(weights, framework="pt") as file:
-                keys = [key for key in file.keys() if key.endswith(".seal_delta.weight")]  # noqa: SIM118 (not a dict)
+                _, settings = take_settings({key: key for key in file.keys()})  # noqa: SIM118 (not a dict)
+                config = saved_config(config, file.get_tensor(settings) if settings else None, folder)
+                keys = [key for key in file.keys() if key.endswith(SCALES)]  # noqa: SIM118
                 if not keys and config.sites and config.heads:
                     raise ValueError(
                         f"The adapter file {weights} is cut off or damaged: it holds no scales. Save the adapter "
@@ -277,37 +289,6 @@ def check_sites(sites: Sequence[str]) -> tuple[Site, ...]:
     if isinstance(sites, str) or not sites or set(sites) - set(known) or len(set(sites)) < len(sites):
         raise ValueError(f"sites={sites!r} is not allowed. Use ('output',), ('query',) or ('output', 'query').")
     return tuple(site for site in known if site in sites)
-
-
-def check_weights_file(path: str) -> None:
-    """Refuse a safetensors file that is cut off or damaged; a missing file is left to the loader.
-
-    Raises:
-        ValueError: The size of the file is not what its header announces.
-    """
-    if not os.path.isfile(path):
-        return
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little") if len(start) == 8 else size
-        try:
-            header = json.loads(file.read(length)) if 8 + length <= size else {}
-            end = (
-                8
-                + length
-                + max(
-                    (entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0
-                )
-            )
-        except (ValueError, TypeError, KeyError, AttributeError):
-            end = None
-    if end != size:
-        raise ValueError(
-            f"The adapter file {path} is cut off or damaged ({size} bytes"
-            + (f", its header announces {end}" if end else ", no readable header")
-            + "). Save the adapter again, or download it again."
-        )
 
 
 def _set_of(names: list[str] | set[str] | str | None) -> set[str] | str | None:

@@ -24,6 +24,7 @@ from .config import SealConfig
 from .geometry import HeadGeometry, default_target_modules, head_geometry, is_linear
 from .layer import SealLayer
 from .saving import write_adapter
+from .weights import checked_weights, take_settings
 
 _SEAL_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.seal_delta\.weight")
 _IA3_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.ia3_l")
@@ -164,7 +165,8 @@ def _seal_in_model(model: Any, adapter_name: str) -> tuple[SealConfig, dict[str,
     layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, SealLayer)}
     conv1d = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
     sizes = {name: layer.geometry for name, layer in layers.items()}
-    return config, get_peft_model_state_dict(model, adapter_name=adapter_name), sizes, conv1d
+    state, _ = take_settings(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    return config, state, sizes, conv1d
 
 
 def _query_layers(model: nn.Module) -> dict[str, SealLayer]:
@@ -181,7 +183,7 @@ def _query_layers(model: nn.Module) -> dict[str, SealLayer]:
 
 
 def _seal_in_folder(folder: Path) -> tuple[SealConfig, dict[str, Tensor], _Sizes]:
-    config = PeftConfig.from_pretrained(str(folder))
+    config = SealConfig.from_pretrained(str(folder))
     if not isinstance(config, SealConfig):
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; export_ia3 writes SEAL adapters.")
     if "query" in config.sites:
@@ -189,7 +191,7 @@ def _seal_in_folder(folder: Path) -> tuple[SealConfig, dict[str, Tensor], _Sizes
             f"The folder {folder} does not tell how queries lie in their projections. Load the adapter on its base "
             "model and export that: export_ia3(model, ...)."
         )
-    state = load_peft_weights(str(folder), device="cpu")
+    state = checked_weights(config, load_peft_weights(str(folder), device="cpu"))
     pairs = {HeadGeometry(*pair) for pair in config.heads or []}
     sizes = {}
     for key, value in state.items():

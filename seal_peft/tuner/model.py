@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
@@ -20,9 +20,12 @@ from .chosen import keep_chosen
 from .config import SealConfig, Site, check_sites
 from .geometry import TARGET_MODULES, default_target_modules, is_linear
 from .layer import Linear, SealLayer
+from .offset import ScaleOffset
 from .query import QueryLinear, QueryNorm
-from .rows import refuse_names, scaled_rows
+from .rows import refuse_names, scaled_rows, stop_refusing_names
+from .scales import layers_with
 from .targets import check_targets, geometry_of, is_target
+from .weights import add_settings, check_settings, take_settings
 
 
 class SealModel(BaseTuner):
@@ -45,6 +48,10 @@ class SealModel(BaseTuner):
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         check_free_name(model, adapter_name)
         super().__init__(model, peft_config, adapter_name, *args, **kwargs)
+        if isinstance(peft_config, SealConfig) and peft_config.fingerprint and peft_config.sites:
+            # Not for a PeftModel, so maybe for transformers, which reads the weights without asking this class.
+            first, *_ = layers_with(model, adapter_name).values()
+            cast(ScaleOffset, first.seal_delta[adapter_name]).expect_settings(peft_config)
 
     def _prepare_adapter_config(self, peft_config: SealConfig, model_config: dict) -> SealConfig:
         if peft_config.target_modules is None:
@@ -110,8 +117,7 @@ class SealModel(BaseTuner):
         rope = position_switch(model)
         wanted = positions.wanted(rope, self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if "_refuses_adapter_names" not in vars(model):
-            vars(model)["_refuses_adapter_names"] = refuse_names(model)
+        refuse_names(model)
         if rope is not None:
             positions.connect(rope, model, self.peft_config, adapter_name, wanted)
 
@@ -175,8 +181,7 @@ class SealModel(BaseTuner):
             self._check_layers(kwargs.get("adapter_names"), get_args(Site))
         with positions.unloading(position_switch(self.model), self.model, names):
             super()._unload_and_optionally_merge(merge=merge, **kwargs)
-        if (refusal := vars(self.model).pop("_refuses_adapter_names", None)) is not None:
-            refusal.remove()
+        stop_refusing_names(self.model)
         return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -259,18 +264,21 @@ class SealModel(BaseTuner):
                 f"Adapter {adapter_name!r} cannot be saved beside an adapter named {min(shared)!r}: modules of the "
                 "model have that name, too, and PEFT cannot tell them apart. Load that adapter under another name."
             )
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return add_settings(found, config, ending=f".seal_delta.{adapter_name}.weight")
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SealConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map saved keys to the model's, refusing values and shapes that would give wrong logits.
+        """Map saved keys to the model's, refusing what would give wrong logits.
 
         Raises:
-            ValueError: A saved scale is not finite, or has another shape than the layer it belongs to.
+            ValueError: A scale is not finite or not of its layer's shape, or the weights are of another config.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        remapped, settings = take_settings(remapped)  # a module that expects them gets and checks them itself
+        check_settings(config, settings)
         own = {name: param for name, param in model.named_parameters() if f".{cls.prefix}" in name}
         for name, value in remapped.items():
             if name not in own and f"base_model.model.{name}" in own:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+
+from .weights import BASE, MEANING, check_settings
+
+if TYPE_CHECKING:
+    from .config import SealConfig
 
 
 class ScaleOffset(nn.Module):
@@ -37,6 +42,14 @@ class ScaleOffset(nn.Module):
         mask[self._chosen] = 1.0
         return mask.view(-1, *[1] * (self.weight.dim() - 1))
 
+    def expect_settings(self, config: SealConfig) -> None:
+        """Check the settings that come with the weights which transformers is about to load, once.
+
+        It asks the class of a module for that, and takes a key that the state dict lacks for a mistake.
+        """
+        self._config = config
+        self.__class__ = _ExpectingOffset
+
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Take a parameter, unless it is broken: transformers' `load_adapter` assigns what it read without a check."""
         if type(param) is nn.Parameter and not param.is_meta and not torch.isfinite(param).all():
@@ -51,3 +64,15 @@ class ScaleOffset(nn.Module):
         weight = weight if weight.dtype == torch.float64 else weight.float()
         scale = 1 + alpha * weight
         return scale.unsqueeze(-1) if scale.dim() == 1 else scale
+
+
+class _ExpectingOffset(ScaleOffset):
+    """Scales that are about to be loaded without PEFT, which checks the settings itself."""
+
+    def get_extra_state(self) -> Tensor:
+        return torch.empty(0, dtype=torch.uint8)
+
+    def set_extra_state(self, state: Tensor) -> None:
+        if state.numel():
+            check_settings(self._config, state, names=(*MEANING, BASE))
+            self.__class__ = ScaleOffset  # type: ignore[assignment]

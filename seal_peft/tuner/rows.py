@@ -11,13 +11,13 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from .layer import SealLayer
 
 BASE = "__base__"
 # What generation repeats its inputs with, once for every beam or returned sequence.
 _EXPAND = "_expand_inputs_for_generation"
+_REFUSAL = "_refuses_adapter_names"
 
 
 class _Parts(NamedTuple):
@@ -180,15 +180,19 @@ def _on_expansion(base: nn.Module, repeat: Callable[[int], None]) -> Iterator[No
         vars(base).update(own)
 
 
-def refuse_names(model: nn.Module) -> RemovableHandle:
+def refuse_names(model: nn.Module) -> None:
     """Let a base model refuse `adapter_names`, which PEFT's wrapper takes out before it calls it.
 
     Models that got their adapters by transformers' own calls have no wrapper, and would ignore them without a word.
-
-    Returns:
-        What takes the refusal back.
     """
-    return model.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+    if _REFUSAL not in vars(model):
+        vars(model)[_REFUSAL] = model.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+
+
+def stop_refusing_names(model: nn.Module) -> None:
+    """Take the refusal back, where there is one."""
+    if (handle := vars(model).pop(_REFUSAL, None)) is not None:
+        handle.remove()
 
 
 def _refuse_names(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:

@@ -8,19 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
+
+from .weights import add_settings
+
+if TYPE_CHECKING:
+    from .config import SealConfig
 
 _UNFINISHED, _COMMITTED = ".saving-", ".saved"
 _CARD = "README.md"
@@ -82,26 +88,40 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: d
         The folder.
     """
     with _replacing(Path(folder)) as new:
+        if config.peft_type == "SEAL":
+            weights = add_settings(weights, cast("SealConfig", config))
         tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
         save_file(tensors, new / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(new))
     return Path(folder)
 
 
-def finish_save(folder: str | os.PathLike[str]) -> None:
+def finish_save(folder: str | os.PathLike[str]) -> bool:
     """Complete a save that was interrupted after its files counted; do nothing if there is none.
+
+    Returns:
+        Whether the adapter is one of another base model now.
 
     Raises:
         OSError: The folder cannot be written to.
     """
     committed = Path(folder) / _COMMITTED
     if not committed.is_dir():
-        return
+        return False
+    before, after = (_base_named_in(files / CONFIG_NAME) for files in (Path(folder), committed))
     # The weights first: without its config a folder is no adapter to anyone. Two processes may do this at a time.
     for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, _CARD):
         with contextlib.suppress(FileNotFoundError):
             os.replace(committed / name, Path(folder) / name)
     shutil.rmtree(committed, ignore_errors=True)
+    return bool(before and after and before != after)
+
+
+def _base_named_in(config: Path) -> str | None:
+    try:
+        return cast(str | None, json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path"))
+    except FileNotFoundError:
+        return None
 
 
 def discard_save(folder: str | os.PathLike[str]) -> None:
@@ -160,9 +180,13 @@ def _replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(new, ignore_errors=True)
 
 
+def disk_is_full(error: Exception) -> bool:
+    """Tell whether something could not be written for lack of space, in whichever language it was tried."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+
+
 def _explained(error: Exception, folder: Path) -> OSError:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-    if not full:
+    if not disk_is_full(error):
         return error if isinstance(error, OSError) else OSError(str(error))
     return OSError(
         errno.ENOSPC,

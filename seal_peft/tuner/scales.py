@@ -11,11 +11,10 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from .config import check_weights_file
 from .layer import SealLayer
 from .saving import finish_save
+from .weights import SCALES, check_weights_file
 
-_KEY_SUFFIX = ".seal_delta.weight"
 _KEY_PREFIX = "base_model.model."
 
 
@@ -78,9 +77,9 @@ def _from_folder(folder: Path) -> dict[str, Tensor]:
     check_weights_file(str(path))
     with safe_open(path, framework="pt") as file:
         found = {
-            key.removeprefix(_KEY_PREFIX).removesuffix(_KEY_SUFFIX): 1 + file.get_tensor(key).to(torch.float32)
+            key.removeprefix(_KEY_PREFIX).removesuffix(SCALES): 1 + file.get_tensor(key).to(torch.float32)
             for key in file.keys()  # noqa: SIM118 (not a dict)
-            if key.endswith(_KEY_SUFFIX)
+            if key.endswith(SCALES)
         }
     if not found:
         raise ValueError(f"{path} holds no SEAL scales; is it an adapter of another method?")

@@ -1,0 +1,28 @@
+"""Killing a process of our own at a chosen place."""
+
+import os
+import signal
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+
+def die(*args: Any, **kwargs: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_a_process_of_its_own(action: Callable[[], Any]) -> int:
+    """Run something in a fork, which takes its patches with it; return the signal that killed it, or 0."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks of processes with threads
+        child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            action()
+            code = 0
+        finally:
+            os._exit(code)
+    status = os.waitpid(child, 0)[1]
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
+    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
