@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 import seal_peft
 from seal_peft.data import read_samples
-from seal_peft.tokens import AnswerCollator, encode_training
+from seal_peft.dataset import training_rows
+from seal_peft.tokens import AnswerCollator
 
 
 def main() -> None:
@@ -32,14 +33,13 @@ def main() -> None:
         parser.error("give --model and --train_file, or --tiny")
 
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
-    rows = [encode_training(sample, tokenizer) for sample in read_samples(flags.train_file)]
-
     four_bit = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype="bfloat16"
     )
     model = AutoModelForCausalLM.from_pretrained(flags.model, quantization_config=four_bit)
     model = prepare_model_for_kbit_training(model, gradient_checkpointing_kwargs={"use_reentrant": False})
     model = get_peft_model(model, seal_peft.SealConfig(granularity="head", task_type="CAUSAL_LM"))
+    rows = training_rows(read_samples(flags.train_file), tokenizer, model)
     arguments = TrainingArguments(
         flags.output_dir,
         learning_rate=2e-2,

@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingA
 
 import seal_peft
 from seal_peft.data import read_samples
-from seal_peft.tokens import AnswerCollator, encode_training
+from seal_peft.dataset import training_rows
+from seal_peft.tokens import AnswerCollator
 
 
 def main() -> None:
@@ -45,10 +46,9 @@ def main() -> None:
         with arguments.main_process_first():
             flags.model, flags.train_file = make_tiny(flags.output_dir)
     tokenizer = AutoTokenizer.from_pretrained(flags.model)
-    rows = [encode_training(sample, tokenizer) for sample in read_samples(flags.train_file)]
-
     model = AutoModelForCausalLM.from_pretrained(flags.model)
     model = get_peft_model(model, seal_peft.SealConfig(granularity="channel", task_type="CAUSAL_LM"))
+    rows = training_rows(read_samples(flags.train_file), tokenizer, model)
     trainer = Trainer(model, arguments, AnswerCollator(tokenizer.pad_token_id), train_dataset=rows)
     trainer.train()
     trainer.save_model(flags.output_dir)  # the first process alone writes

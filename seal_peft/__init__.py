@@ -27,7 +27,14 @@ try:
 except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
-register()
+
+def _describe(folder: str, repo_id: str | None = None) -> None:
+    from .describe import describe  # fetched at the first save: it brings reports and tasks along
+
+    describe(folder, repo_id)
+
+
+register(_describe)
 
 __all__ = [
     "SealConfig",

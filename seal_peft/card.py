@@ -19,7 +19,7 @@ from .tuner import scales
 
 CARD_NAME = "README.md"
 MARKER = "<!-- Written by seal_peft, which replaces it. To keep changes of your own, remove this line. -->"
-_PEFTS_OWN = "# Model Card for Model ID"  # the title of PEFT's empty form
+EMPTY_FORM = "# Model Card for Model ID"  # what PEFT and transformers write
 _TEMPLATE = Path(__file__).with_name("card.md")
 _BASE = "base"
 
@@ -74,28 +74,39 @@ def render_card(folder: str | os.PathLike[str], run: dict[str, Any], facts: Card
     """
     folder = Path(folder)
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    data = _metadata(folder, config, facts)
-    own = _authors_card(folder / CARD_NAME)
-    if own is None:
-        card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_words(folder, config, run, facts))
-        return f"{card}\n"
-    old, new = own.data.to_dict(), data.to_dict()
-    tags = [tag for tag in old.get("tags", []) if not tag.startswith("base_model:")]  # PEFT's may name a local path
-    own.data = ModelCardData(**old | new | {"tags": list(dict.fromkeys([*new["tags"], *tags]))})
-    if own.data.base_model and public_id(str(own.data.base_model)) is None:
-        own.data.base_model = None
-    return f"{own}\n"
+    data = metadata(config, facts)
+    own = authors_card(folder / CARD_NAME)
+    if own is not None:
+        return bring_up_to_date(own, data)
+    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_words(folder, config, run, facts))
+    return f"{card}\n"
 
 
-def _authors_card(path: Path) -> ModelCard | None:
+def authors_card(path: Path) -> ModelCard | None:
+    """Return the card at a path if it is its author's own; `None` for ours and the empty forms of PEFT and the Hub."""
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
-    return None if MARKER in text or _PEFTS_OWN in text else ModelCard(text)
+    return None if MARKER in text or EMPTY_FORM in text else ModelCard(text)
 
 
-def _metadata(folder: Path, config: dict[str, Any], facts: CardFacts) -> ModelCardData:
-    name = _name(folder, facts)
+def bring_up_to_date(card: ModelCard, data: ModelCardData) -> str:
+    """Return an author's card with new metadata and without local paths in it; its text stays."""
+    old, new = card.data.to_dict(), data.to_dict()
+    tags = [tag for tag in old.get("tags", []) if not tag.startswith("base_model:")]  # PEFT's may name a local path
+    card.data = ModelCardData(**old | new | {"tags": list(dict.fromkeys([*new["tags"], *tags]))})
+    if card.data.base_model and public_id(str(card.data.base_model)) is None:
+        card.data.base_model = None
+    return f"{card}\n"
+
+
+def metadata(config: dict[str, Any], facts: CardFacts) -> ModelCardData:
+    """Return the head of a card: what the Hub finds an adapter by.
+
+    Args:
+        config: What the adapter's config file holds.
+        facts: What it does not say.
+    """
     return ModelCardData(
         library_name="peft",
         base_model=facts.base_model or public_id(config.get("base_model_name_or_path") or ""),
@@ -104,13 +115,14 @@ def _metadata(folder: Path, config: dict[str, Any], facts: CardFacts) -> ModelCa
         tags=["peft", "seal", "long-context", "transformers"],
         license=facts.license,
         datasets=facts.datasets or None,
-        model_name=name if facts.metrics else None,
+        model_name=title(facts.repo_id) if facts.metrics else None,
         eval_results=_eval_results(facts.metrics) if facts.metrics else None,
     )
 
 
-def _name(folder: Path, facts: CardFacts) -> str:
-    return facts.repo_id.rpartition("/")[2] if facts.repo_id else folder.resolve().name
+def title(repo_id: str | None) -> str:
+    """Return what a card is headed by. Folders have passing names, such as that of a checkpoint."""
+    return repo_id.rpartition("/")[2] if repo_id else "SEAL adapter"
 
 
 def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
@@ -143,7 +155,7 @@ def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: Car
     package = smollm2_package(named)
     return {
         "marker": MARKER,
-        "name": _name(folder, facts),
+        "name": title(facts.repo_id),
         "address": facts.repo_id or "path/of/this/folder",
         "base": f"`{base}`" if base else f"a local model, `{Path(named).name or 'not named'}`",
         "base_is_local": base is None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -109,6 +110,18 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
     return samples
 
 
+def prompt_hash(sample: Sample) -> str:
+    """Return a short name of what a sample asks, by which it is found again in other files.
+
+    Args:
+        sample: Its turns count, nothing else.
+
+    Returns:
+        16 hexadecimal digits.
+    """
+    return hashlib.sha256(json.dumps(sample.messages, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def window_of(model_config: PretrainedConfig) -> int | None:
     """Return how many tokens a model's positions reach, RoPE scaling included; `None` where there is no such limit.
 
@@ -184,8 +197,9 @@ def check_window(
         )
     original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     raise ValueError(
-        f"{start}Use lengths up to {window}, or extend the window by RoPE scaling: in the model's config.json, set "
-        f"rope_parameters to NTK (rope_type='dynamic') or YaRN (rope_type='yarn') with a factor of at least "
+        f"{start}Use lengths up to {window}, or extend the window: by an adapter that brings rope_parameters or "
+        "self_extend (flags of `seal-peft train`; `seal-peft advise` compares them), or in its config.json, by "
+        "rope_parameters of YaRN (rope_type='yarn') or NTK (rope_type='dynamic'), with a factor of at least "
         f"{math.ceil(100 * length / original) / 100:.2f}."
         + (" For lengths beyond the window all the same, pass --allow_beyond_window." if beyond is False else "")
     )

@@ -31,7 +31,7 @@ from .loading import (
 from .predictions import Predictions, fingerprint, identity
 from .provenance import provenance
 from .statistics import RULER_THRESHOLD, summarise
-from .systems import BASE, Questions, System, check_system, name_systems, read_questions
+from .systems import BASE, Questions, System, check_held_out, check_system, name_systems, read_questions
 from .tasks import Sample, get_task
 
 # What samples say of themselves that a reader of scores must know: whose words they are in, what their facts hide in.
@@ -95,11 +95,13 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         What `metrics.json` holds; nothing in processes other than the first.
 
     Raises:
-        ValueError: Bad rows, names, lengths or adapters; raised before any model is loaded.
+        ValueError: Bad rows, names, lengths or adapters, or samples that an adapter was trained on; raised before any
+            model is loaded.
     """
     systems = name_systems(arguments.model_name_or_path, arguments.adapters, arguments.models, arguments.skip_base)
     _check_numbers(arguments)
     samples = _read_test_file(arguments.test_file)
+    check_held_out(systems, samples, arguments.test_file)
     models = list(dict.fromkeys(system.model for system in systems))
     guard = make_guard(models) if arguments.guard else Guard()
     asked = [*samples, *guard.samples]

@@ -117,7 +117,7 @@ def push(
     if base is None:
         raise ValueError(
             f"The base model of this adapter is a folder of this machine ({config.base_model_name_or_path}), where "
-            "nobody else could find it. Give the Hub id of the same model as base_model."
+            "nobody else could find it. Give the Hub id of the same model as base_model (--base_model)."
         )
     validate_repo_id(base)
     run = _read_json(folder / _RUN)
@@ -146,9 +146,11 @@ def push(
 def _check_adapter(folder: Path) -> SealConfig:
     saved = _read_json(folder / CONFIG_NAME)
     if not saved:
-        raise ValueError(f"{folder} is not an adapter folder: there is no {CONFIG_NAME} in it.")
+        inside = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
+        several = f" It holds {inside}. Push each by itself, or all with `model.push_to_hub`." if inside else ""
+        raise ValueError(f"{folder} is not an adapter folder: there is no {CONFIG_NAME} in it.{several}")
     if saved.get("peft_type") != "SEAL":
-        raise ValueError(f"{folder} holds an adapter of another method; push it with its own `push_to_hub`.")
+        raise ValueError(f"{folder} holds an adapter of another method; load it and push it with `model.push_to_hub`.")
     config = SealConfig.from_pretrained(str(folder))
     if config.fingerprint != saved.get("fingerprint"):
         raise ValueError(
@@ -176,7 +178,7 @@ def _metrics_of(
     if system not in metrics["systems"]:
         raise ValueError(
             f"{metrics_file} has no results of {system or folder}, only of {', '.join(metrics['systems'])}. Evaluate "
-            "the adapter, or name it as it is called there with system."
+            "the adapter, or give its name there as system (--system)."
         )
     if run and metrics["date"] < run["date"]:
         raise ValueError(

@@ -33,7 +33,7 @@ def encode_answers(sample: Sample, tokenizer: PreTrainedTokenizerBase) -> dict[s
     if not said:
         raise ValueError(
             f"Sample {sample.id!r}: what the model is to say, {last.text!r:.80}, spells none of the accepted answers "
-            f"{sample.answers!r:.80}, so their tokens cannot be measured alone. Measure the whole target."
+            f"{sample.answers!r:.80}, so their tokens cannot be measured alone. Measure all of it: --measure target."
         )
     start = len(ids) - len(spans)
     measured = {start + index for index in said}

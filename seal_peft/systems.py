@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .assets import split_name
-from .data import check_window, has_position_table, window_of
+from .data import check_window, has_position_table, prompt_hash, window_of
 from .loading import check_adapter, load_config, load_tokenizer
 from .reach import reach
 from .tasks import Sample, get_task
@@ -69,8 +71,12 @@ def name_systems(base: str, adapters: Sequence[str], models: Sequence[str], skip
     systems += [System(name, base, path) for name, path in map(split_name, adapters)]
     systems += [System(name, path) for name, path in map(split_name, models)]
     names = [system.name for system in systems]
-    if not systems or len(set(names)) < len(names):
-        raise ValueError(f"Systems need distinct names, at least one; got {names}. Name them as NAME=PATH.")
+    if not systems:
+        raise ValueError("There is nothing to evaluate: leave out --skip_base, or give --adapters or --models.")
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"Systems need distinct names; got {names}. Name them as NAME=PATH in --adapters and --models."
+        )
     return systems
 
 
@@ -97,6 +103,32 @@ def read_questions(model: str, samples: Sequence[Sample], max_new_tokens: int | 
         longest = max(longest, len(prompt) + len(answer))
         ends |= {*answer[-1:]} & special
     return Questions(tokenizer, prompts, limits, longest, sorted(ends))
+
+
+def check_held_out(systems: Sequence[System], samples: Sequence[Sample], test_file: str) -> None:
+    """Make sure that no adapter was trained on what it is asked, as far as the `run.json` beside it tells.
+
+    Args:
+        systems: Who answers; adapters on the Hub, and merged models, bring no record.
+        samples: What is asked, in the order of the file.
+        test_file: Where they come from.
+
+    Raises:
+        ValueError: Some of them were in the training data of an adapter; the message names the lines.
+    """
+    for system in systems:
+        record = Path(system.adapter or "") / "run.json"
+        if not system.adapter or not record.is_file():
+            continue
+        learned = set(json.loads(record.read_text(encoding="utf-8")).get("prompt_hashes", ()))
+        seen = [line for line, sample in enumerate(samples, start=1) if prompt_hash(sample) in learned]
+        if seen:
+            lines = ", ".join(map(str, seen[:5])) + (", ..." if len(seen) > 5 else "")
+            raise ValueError(
+                f"{len(seen)} of the {len(samples)} samples in {test_file} (lines {lines}) were in the training data "
+                f"of {system.name!r}, so its score would say nothing about others. Give samples that were held out: "
+                "rows of your own that training has not seen, or those of `seal-peft make-data --split test`."
+            )
 
 
 def check_system(system: System, longest: int, beyond: bool) -> int | None:

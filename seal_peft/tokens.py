@@ -260,4 +260,4 @@ def _first_label(labels: Sequence[int]) -> int:
     for index, label in enumerate(labels):
         if label != IGNORED:
             return index
-    raise ValueError("A row has no labels: every label is -100. Rows for training come from encode_training.")
+    raise ValueError("A row has no labels: every label is -100. Rows for training come from training_rows.")

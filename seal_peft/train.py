@@ -6,10 +6,8 @@ seal-peft train --model_name_or_path smollm2 --train_file runs/demo/train.jsonl 
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import logging
-import shutil
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,20 +17,18 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import get_peft_model
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
-from transformers.trainer import TRAINER_STATE_NAME
 
 from .card import write_card
-from .data import check_window, read_samples
+from .data import prompt_hash, read_samples
+from .dataset import training_rows
 from .files import write_json
-from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
+from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype, read_adapter
 from .memory import Policy, apply_memory_policy
 from .provenance import provenance
-from .reach import reach
-from .tokens import AnswerCollator, encode_training
-from .tuner import SealConfig, save_adapter, scales
+from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
+from .tokens import AnswerCollator
+from .tuner import SealConfig, hotswap_adapter, save_adapter, scales
 from .tuner.config import Granularity, check_sites
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
@@ -49,8 +45,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 logger = logging.getLogger(__name__)
-
-FINISHED, UNFINISHED, CHECKPOINTS = "run.json", "unfinished.json", "checkpoint-*"
 
 
 @dataclass
@@ -76,6 +70,10 @@ class TrainArguments:
         default=None,
         metadata={"help": "Heads that get a scale, such as L14H7; `seal-peft heads` names them. Default: all."},
     )
+    init_adapter: str | None = field(
+        default=None,
+        metadata={"help": "Start from the scales of this adapter, which has the same sites and granularity."},
+    )
     layers_to_transform: list[int] | None = field(default=None, metadata={"help": "Layers to adapt. Default: all."})
     rope_parameters: str | None = field(
         default=None,
@@ -93,6 +91,9 @@ class TrainArguments:
             "help": "What layers keep for the backward pass: as much as fits (`auto`), all (`fast`), or nothing "
             "(`low`). Default: auto, unless activation_checkpointing is given."
         },
+    )
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Replace an adapter or another training that is in --output_dir."}
     )
 
 
@@ -145,7 +146,8 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     all, `run.json` with every setting, the loss curve, seconds, tokens and peak memory.
 
     A folder with an interrupted training goes on from its last checkpoint, and ends with the same weights; other
-    settings than those it began with are refused. A folder with a finished training starts afresh.
+    settings than those it began with are refused, and so is a folder with a finished adapter, unless
+    `overwrite_output_dir` lets it be replaced.
 
     Args:
         arguments: Model, data and scales.
@@ -155,8 +157,9 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         The adapter folder.
 
     Raises:
-        ValueError: Bad rows, samples longer than the model's window, two memory settings, or an unfinished training
-            with other settings; raised before the model is loaded.
+        ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, a
+            finished adapter or an unfinished training with other settings in the output folder; raised before the
+            model is loaded.
     """
     if arguments.memory is not None and training_arguments.activation_checkpointing:
         raise ValueError(
@@ -164,8 +167,6 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
             "give one of them."
         )
     samples = read_samples(arguments.train_file)
-    if not samples:
-        raise ValueError(f"{arguments.train_file} holds no samples. Make some with `seal-peft make-data`.")
     config = SealConfig(
         task_type="CAUSAL_LM",
         granularity=arguments.granularity if "output" in arguments.sites else "head",
@@ -176,20 +177,25 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         self_extend=_from_json("self_extend", arguments.self_extend),
     )
     pick_dtype(arguments.dtype)
+    output_dir = Path(training_arguments.output_dir)
+    settings = settings_of(asdict(arguments), training_arguments)
+    checkpoint = training_arguments.resume_from_checkpoint or find_checkpoint(
+        output_dir, settings, arguments.overwrite_output_dir
+    )
     model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
-    progress = tqdm(samples, desc="Tokenising", unit="sample", delay=1.0)
-    rows = [encode_training(sample, tokenizer) for sample in progress]
     with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
         adapted = get_peft_model(skeleton, copy.deepcopy(config))
-    check_window(skeleton.config, max(len(row["input_ids"]) for row in rows), reach(adapted))
+    if arguments.init_adapter is not None:
+        read_adapter(arguments.init_adapter)
+        hotswap_adapter(adapted, arguments.init_adapter)
+    rows = training_rows(samples, tokenizer, adapted)
 
-    output_dir = Path(training_arguments.output_dir)
-    settings = _settings(arguments, training_arguments)
-    checkpoint = training_arguments.resume_from_checkpoint or _unfinished_checkpoint(output_dir, settings)
     base = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     base.config.use_cache = False
     model = get_peft_model(base, config)
+    if arguments.init_adapter is not None:
+        hotswap_adapter(model, arguments.init_adapter)
     trainer = Trainer(
         model=model,
         args=training_arguments,
@@ -200,7 +206,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     trainer.get_train_dataloader()  # a bad batch size shows here, before an earlier adapter is cleared away
     memory = _apply_memory(trainer, arguments.memory, tokens=max(len(row["input_ids"]) for row in rows))
     if checkpoint is None and trainer.is_world_process_zero():
-        _start_afresh(output_dir, settings)
+        start_afresh(output_dir, settings)
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     started = time.monotonic()
@@ -208,7 +214,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     if not trainer.is_world_process_zero():
         return output_dir
     if not all(scale.isfinite().all() for scale in scales(model).values()):
-        _start_afresh(output_dir, settings)  # no checkpoint of it is worth going on from
+        start_afresh(output_dir, settings)  # no checkpoint of it is worth going on from
         raise ValueError("Training diverged: the scales are not finite, and nothing was saved. Lower --learning_rate.")
     save_adapter(model, output_dir)
     record = {
@@ -223,6 +229,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         "seconds": time.monotonic() - started,
         "resumed_from": checkpoint,
         **_record(trainer),
+        "prompt_hashes": [prompt_hash(sample) for sample in samples],  # `evaluate` refuses to score on these
     }
     write_card(output_dir, record)
     write_json(output_dir / FINISHED, record)
@@ -259,62 +266,3 @@ def _record(trainer: Trainer) -> dict[str, Any]:
         "loss_curve": [{"step": row["step"], "loss": row["loss"]} for row in history if "loss" in row],
         **provenance(),
     }
-
-
-def _settings(arguments: TrainArguments, training_arguments: TrainingArguments) -> dict[str, Any]:
-    """Everything that decides the weights, in JSON values."""
-    settings = {
-        "train_file's bytes": hashlib.sha256(Path(arguments.train_file).read_bytes()).hexdigest(),
-        **asdict(arguments),
-        **training_arguments.to_dict(),
-    }
-    # How to go on, how to show it, and how to fit it may change on the way. A rank is not a setting.
-    shown = ("disable_tqdm", "report_to", "local_rank", "memory")
-    for name in ("train_file", "output_dir", "resume_from_checkpoint", *shown):
-        settings.pop(name, None)
-    return json.loads(json.dumps(settings, default=str))
-
-
-def _unfinished_checkpoint(output_dir: Path, settings: dict[str, Any]) -> str | None:
-    """Find the checkpoint from which an interrupted training goes on.
-
-    Raises:
-        ValueError: An unfinished training stands there that this one would not continue.
-    """
-    record = output_dir / UNFINISHED
-    if not record.is_file():
-        if any(output_dir.glob(CHECKPOINTS)) and not (output_dir / FINISHED).is_file():
-            raise ValueError(
-                f"{output_dir} holds checkpoints of another program. Remove them or choose another --output_dir."
-            )
-        return None
-    whole = [path for path in output_dir.glob(CHECKPOINTS) if _is_whole(path)]
-    if not whole:
-        return None  # it ended before its first checkpoint, so there is nothing to go on from
-    before = json.loads(record.read_text(encoding="utf-8"))
-    changed = sorted(name for name in before | settings if before.get(name) != settings.get(name))
-    if changed:
-        described = ", ".join(f"{name} {before.get(name)} -> {settings.get(name)}" for name in changed)
-        raise ValueError(
-            f"{output_dir} holds an unfinished training with other settings ({described}). Give the same settings to "
-            "go on; to start afresh, remove the folder or choose another --output_dir."
-        )
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Tell whether a checkpoint was written to its end: the Trainer writes its state last."""
-    try:
-        json.loads((checkpoint / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _start_afresh(output_dir: Path, settings: dict[str, Any]) -> None:
-    """Clear away an earlier training, so that none of it can be taken for this one, and note what begins."""
-    for path in output_dir.glob(CHECKPOINTS):
-        shutil.rmtree(path)
-    for name in (FINISHED, CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME):
-        (output_dir / name).unlink(missing_ok=True)
-    write_json(output_dir / UNFINISHED, settings)

@@ -40,10 +40,6 @@ def lift(peft: Path, with_context: bool = True) -> None:
     _edit(seal / "__init__.py", "from .registry import register\n", "")
     _edit(seal / "__init__.py", '    "register",\n', "")
     _append(seal / "__init__.py", _REGISTRATION)
-    # The note in a saved card is about the import that registers SEAL, which a method of PEFT's own does not need.
-    note = re.compile(r"^_LOAD_NOTE = \(\n.*?^\)\n", re.MULTILINE | re.DOTALL)
-    config = (seal / "config.py").read_text(encoding="utf-8")
-    _edit(seal / "config.py", note.findall(config)[0], '_LOAD_NOTE = ""\n')
     for file in seal.rglob("*.py"):
         rename(file)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
-from peft import get_peft_model
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import models
@@ -133,7 +133,7 @@ def test_what_is_not_known_is_not_made_up(tmp_path: Path) -> None:
     adapted = get_peft_model(models.llama(), SealConfig(task_type="CAUSAL_LM"))
     adapted.save_pretrained(tmp_path)
     text = render_card(tmp_path, {}, CardFacts())
-    assert "no `run.json`" in text
+    assert "Data and settings of its training are not recorded" in text
     assert "No results are recorded here" in text
     for word in ("## Results", "seed", "None", "base_model:", "license", "More Information Needed"):
         assert word not in text
@@ -155,7 +155,8 @@ def test_training_leaves_our_card_and_training_again_rewrites_it(house: Path, tm
     assert text == render_card(house / "adapter", run_of(house), CardFacts())
     adapter = shutil.copytree(house / "adapter", tmp_path / "adapter")
     words = ["--model_name_or_path", house / "model", "--train_file", house / "train.jsonl", "--granularity", "head"]
-    assert seal("train", *words, "--output_dir", adapter, "--max_steps", 1, "--disable_tqdm", "true") == 0
+    words += ["--output_dir", adapter, "--overwrite_output_dir", "--max_steps", 1, "--disable_tqdm", "true"]
+    assert seal("train", *words) == 0
     again = (adapter / "README.md").read_text()
     assert "SEAL-H" in again
     assert "SEAL-C" not in again
@@ -198,6 +199,7 @@ def test_records_lose_their_folders_and_nothing_else(house: Path) -> None:
         ("/c/hub/models--Qwen--Qwen3-8B/snapshots/abc", "Qwen/Qwen3-8B"),
         ("/home/me/model", None),
         ("../model", None),
+        ("./model", None),
         ("", None),
     ],
 )
@@ -264,14 +266,72 @@ def test_removing_the_marker_takes_the_card_over(house: Path, tmp_path: Path) ->
     assert "## Limits that I found" in (adapter / "README.md").read_text()
 
 
-def test_pefts_empty_form_is_replaced(tmp_path: Path) -> None:
-    base = models.llama()
-    base.save_pretrained(tmp_path / "base")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    get_peft_model(loaded, SealConfig(task_type="CAUSAL_LM")).save_pretrained(tmp_path / "adapter")
-    assert str(tmp_path) in (tmp_path / "adapter" / "README.md").read_text()  # the trap
-    write_card(tmp_path / "adapter", {})
-    text = (tmp_path / "adapter" / "README.md").read_text()
-    assert str(tmp_path) not in text
-    assert "More Information Needed" not in text
-    assert seal_peft.scales(tmp_path / "adapter")
+# --- what PEFT saves by itself -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved_base(tmp_path: Path) -> Path:
+    models.llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.mark.parametrize("safe_serialization", [True, False])
+def test_plain_peft_saves_our_card_in_place_of_its_empty_form(
+    saved_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, safe_serialization: bool
+) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved_base), SealConfig(task_type="CAUSAL_LM"))
+    path = tmp_path / "adapter" / "README.md"
+    with monkeypatch.context() as patch:
+        patch.setattr(SealConfig, "_describe", None)
+        model.save_pretrained(path.parent)
+    assert str(tmp_path) in path.read_text()  # the trap
+    for _ in range(2):  # PEFT writes into a card that it finds
+        model.save_pretrained(path.parent, safe_serialization=safe_serialization)
+        text = path.read_text()
+        assert text == render_card(path.parent, {}, CardFacts())
+        assert str(tmp_path) not in text
+        assert "More Information Needed" not in text
+        assert text.count("import seal_peft") == 1
+        assert f"| scales | {models.LAYERS * models.HEADS}, one per head |" in text
+    model.peft_config["default"].base_model_name_or_path = "someone/tiny"
+    model.save_pretrained(path.parent, save_embedding_layers=False)  # or PEFT looks for someone/tiny
+    assert ModelCard(path.read_text()).data.base_model == "someone/tiny"
+
+
+def test_a_config_alone_gets_no_card(tmp_path: Path) -> None:
+    SealConfig().save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter_config.json"]
+
+
+def test_adapters_of_other_names_get_a_card_each_and_one_for_all(saved_base: Path, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(saved_base)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"), "style")
+    seal_peft.add_beside(model, SealConfig(task_type="CAUSAL_LM"), "heads").save_pretrained(tmp_path / "pair")
+    texts = [path.read_text() for path in (tmp_path / "pair").rglob("README.md")]
+    assert len(texts) == 2
+    for text in texts:
+        assert str(tmp_path) not in text
+        assert "More Information Needed" not in text
+        assert "import seal_peft" in text
+    text = (tmp_path / "pair" / "README.md").read_text()
+    code = text.partition("```python\n")[2].partition("```")[0]
+    code = code.replace("path/of/the/base/model", str(saved_base)).replace(
+        "path/of/this/folder", str(tmp_path / "pair")
+    )
+    defined: dict[str, Any] = {}
+    exec(compile(code, "card", "exec"), defined)
+    assert type(defined["model"].active_peft_config) is SealConfig
+    model.save_pretrained(tmp_path / "pair")  # PEFT writes its versions, and the path, into the card that it finds
+    assert (tmp_path / "pair" / "README.md").read_text() == text
+    (tmp_path / "pair" / "README.md").write_text("# My own\n")
+    model.save_pretrained(tmp_path / "pair")
+    assert "# My own" in (tmp_path / "pair" / "README.md").read_text()
+
+
+def test_a_checkpoint_changes_no_card_of_the_folder_around_it(saved_base: Path, tmp_path: Path) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(saved_base), SealConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "out")
+    before = (tmp_path / "out" / "README.md").read_text()
+    (tmp_path / "out" / "adapter_config.json").unlink()  # as a training that starts afresh does
+    model.save_pretrained(tmp_path / "out" / "checkpoint-1")
+    assert (tmp_path / "out" / "README.md").read_text() == before

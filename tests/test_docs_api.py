@@ -18,7 +18,13 @@ from test_docs_code import furnished, workplace  # noqa: F401 (fixtures)
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
 PUBLIC = [name for name in seal_peft.__all__ if name != "__version__"]
-WITH_EXAMPLE = [*PUBLIC, "context.rope.apply_rope", "context.rope.read_rope", "tokens.AnswerCollator"]
+WITH_EXAMPLE = [
+    *PUBLIC,
+    "context.rope.apply_rope",
+    "context.rope.read_rope",
+    "tokens.AnswerCollator",
+    "dataset.training_rows",
+]
 
 
 def text(page: str) -> str:
@@ -60,12 +66,17 @@ def test_the_api_page_holds_every_public_name():
 
 
 def test_all_of_the_api_page_has_words():
-    for name in re.findall(r"^::: (\S+)$", text("docs/api.md"), re.MULTILINE):
+    names = re.findall(r"^::: (\S+)$", text("docs/api.md"), re.MULTILINE)
+    assert len(names) == len(set(names))
+    for name in names:
         target = find(name)
-        assert target.__doc__, name
+        words = inspect.getdoc(target)
+        assert words, name
         if inspect.isfunction(target):
-            documented = re.findall(r"^ {4}(\w+): ", inspect.getdoc(target) or "", re.MULTILINE)
+            documented = re.findall(r"^ {4}(\w+): ", words, re.MULTILINE)
             assert set(inspect.signature(target).parameters) <= set(documented), name
+            assert inspect.signature(target).return_annotation == "None" or "Returns:" in words, name
+            assert not re.search(r"^ +raise ", inspect.getsource(target), re.MULTILINE) or "Raises:" in words, name
 
 
 # huggingface_hub 2.4.0 uploads large files in a way that httpx2 no longer likes.

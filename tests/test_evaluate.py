@@ -22,8 +22,9 @@ import models
 import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
 from seal_peft import SealConfig, assets
-from seal_peft.data import read_samples, write_samples
+from seal_peft.data import prompt_hash, read_samples, write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
+from seal_peft.files import write_json
 from seal_peft.loading import check_adapter, load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
@@ -311,6 +312,14 @@ def test_the_guard_measures_every_system_on_the_same_text_and_once(
     assert rows_of(tmp_path) == own_rows
 
 
+def test_samples_that_an_adapter_was_trained_on_are_refused(own_house: Path, refused) -> None:
+    trained_on = [prompt_hash(sample) for sample in read_samples(own_house / "test.jsonl")[1:3]]
+    write_json(own_house / "seal" / "run.json", {"prompt_hashes": ["0" * 16, *trained_on]})
+    error = refused("--adapters", own_house / "lora", f"ours={own_house / 'seal'}")
+    assert re.search(r"2 of the 6 samples in .*test.jsonl \(lines 2, 3\) were in the training data of 'ours'", error)
+    assert "make-data --split test" in error
+
+
 # --- memory --------------------------------------------------------------------------------------------------------
 
 
@@ -409,7 +418,7 @@ def test_a_path_may_hold_the_sign_that_ends_a_name(tmp_path: Path, monkeypatch: 
 
 def test_names_batches_lengths_and_rows_are_checked_first(refused, own_house: Path) -> None:
     assert "distinct names" in refused("--adapters", own_house / "seal", f"seal={own_house / 'lora'}")
-    assert "distinct names" in refused("--skip_base")
+    assert "leave out --skip_base, or give --adapters or --models" in refused("--skip_base")
     assert "per_device_eval_batch_size=0" in refused("--per_device_eval_batch_size", 0)
     assert "effective_threshold=85.6 was given; use 0.0 to 1.0" in refused("--effective_threshold", 85.6)
     assert "max_new_tokens=-1" in refused("--max_new_tokens", -1)

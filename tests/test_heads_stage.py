@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config
 
 import models
 from seal_peft import SealConfig, save_adapter, scales
@@ -152,7 +152,7 @@ def test_the_adapted_model_can_be_scored_in_place_of_the_base(house: Path) -> No
         (["--channels_of", "L7H0"], "The model has no head 'L7H0'"),
         (["--apply_adapter"], "--apply_adapter needs an --adapter"),
         (["--adapter", "nowhere"], "'nowhere' is not an adapter"),
-        (["--generate_heads", "-1"], "Use 0 or more --generate_heads"),
+        (["--generate_heads", "-1"], "--generate_heads -1 --batch_tokens"),
         (["--dtype", "int8"], "dtype"),
     ],
 )
@@ -184,6 +184,14 @@ def test_samples_that_a_score_has_no_meaning_for_are_refused_before_a_model_is_l
     (tmp_path / "samples.jsonl").write_text("")
     assert run(tmp_path) == 1
     assert "holds no samples" in error_of(capsys)
+
+
+def test_encoder_decoders_are_refused_by_name(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_model(tmp_path / "model", weights=False)
+    T5Config().save_pretrained(tmp_path / "model")
+    write_samples(tmp_path / "samples.jsonl", read_samples(house / "samples.jsonl"))
+    assert run(tmp_path) == 1
+    assert "is a t5 model, which transformers does not load as a language model" in error_of(capsys)
 
 
 def test_an_adapter_of_another_method_has_no_scales_to_show(

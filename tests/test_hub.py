@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import models
@@ -139,18 +139,69 @@ def test_the_stages_take_an_adapter_from_the_hub(
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_pefts_own_push_loads_and_keeps_the_card_that_is_there(house: Path, adapter: Path, online: Hub) -> None:
+# The base model of these adapters is on no Hub, and PEFT looks whether its vocabulary is another.
+@pytest.mark.filterwarnings("ignore:Could not find a config file in someone/tiny:UserWarning")
+def test_pefts_own_push_sends_our_card_and_no_local_folder(house: Path, adapter: Path, online: Hub) -> None:
     model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)
-    model.push_to_hub("me/bare")
+    with pytest.warns(UserWarning, match="folder of this machine .* names only './model'.* seal_peft.push.folder"):
+        model.push_to_hub(REPO)
     base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
-    pulled = PeftModel.from_pretrained(base, "me/bare")
+    pulled = PeftModel.from_pretrained(base, REPO)
     torch.testing.assert_close(seal_peft.scales(pulled), seal_peft.scales(adapter))
-    # What docs/hub.md warns of: transformers' card, not ours, and no word about the import.
-    assert card_of(online, "me/bare").data.library_name == "transformers"
-    push(adapter)
+    card = card_of(online)
+    assert (card.data.library_name, card.data.base_model) == ("peft", None)
+    assert f'from_pretrained("{REPO}")' in card.text
+    assert "import seal_peft" in card.text
+    assert str(house).encode() not in b"".join(online.files(REPO).values())
+    model.peft_config["default"].base_model_name_or_path = "someone/tiny"
+    model.push_to_hub(REPO, commit_message="Named")  # over a card that is there
+    assert card_of(online).data.base_model == "someone/tiny"
+    assert PeftConfig.from_pretrained(REPO).base_model_name_or_path == "someone/tiny"
+    online.files(REPO)["README.md"] = b"# My own\n"
     model.push_to_hub(REPO)
-    assert card_of(online).data.library_name == "peft"
-    assert "import seal_peft" in card_of(online).text
+    assert card_of(online).text.strip() == "# My own"
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in someone/tiny:UserWarning")
+def test_lora_and_seal_in_one_repository_are_pulled_one_by_one(house: Path, online: Hub, tmp_path: Path) -> None:
+    def base() -> Any:
+        loaded = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+        loaded.config._name_or_path = loaded.name_or_path = "someone/tiny"
+        return loaded
+
+    lora = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False), "style")
+    pair = seal_peft.add_beside(lora, SealConfig(task_type="CAUSAL_LM", init_weights=False), "heads")
+    pair.push_to_hub("me/pair")
+    card = card_of(online, "me/pair")
+    assert card.data.base_model == "someone/tiny"
+    assert 'PeftModel.from_pretrained(base_model, "me/pair", subfolder="heads")' in card.text
+    heads = PeftModel.from_pretrained(base(), "me/pair", subfolder="heads")
+    torch.testing.assert_close(seal_peft.scales(heads), seal_peft.scales(pair, "heads"))
+    style = PeftModel.from_pretrained(base(), "me/pair", subfolder="style")
+    assert type(style.active_peft_config) is LoraConfig
+    pair.save_pretrained(tmp_path / "pair")
+    with pytest.raises(ValueError, match=r"pair is not an adapter folder.* It holds .*pair/heads.* Push"):
+        seal_peft.push(tmp_path / "pair", "me/other")
+
+
+def test_lora_users_keep_what_peft_does(house: Path, online: Hub) -> None:
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).push_to_hub("me/lora")
+    assert card_of(online, "me/lora").data.library_name == "transformers"
+
+
+def test_an_adapter_of_rope_alone_is_pushed_and_pulled(house: Path, online: Hub, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    config = SealConfig(task_type="CAUSAL_LM", sites=(), rope_parameters={"rope_type": "yarn", "factor": 4.0})
+    model = get_peft_model(base, config).eval()
+    seal_peft.save_adapter(model, tmp_path / "yarn")
+    push(tmp_path / "yarn")
+    assert online.files(REPO).keys() == {"adapter_config.json", "adapter_model.safetensors", "README.md"}
+    assert "it brings a context extension alone" in card_of(online).text
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    pulled = PeftModel.from_pretrained(base, REPO).eval()
+    assert pulled.get_base_model().config.rope_parameters["rope_type"] == "yarn"
+    torch.testing.assert_close(models.logits(pulled), models.logits(model))
 
 
 def test_a_new_repository_is_private_if_asked(adapter: Path, online: Hub) -> None:
@@ -180,6 +231,7 @@ FAULTS = {
     "dropped": ([Fault("POST .*/commit")], "connection broke: push again"),
     "dropped at once": ([Fault("POST .*/create")], "connection broke: push again"),
     "half a commit": ([Fault("POST .*/commit", after=2000)], "connection broke: push again"),
+    "half the weights": ([Fault("PUT /blobs", after=100, times=99)], "connection broke: push again"),
     "weights refused": ([Fault("PUT /blobs", 403)], "write permission"),
 }
 
@@ -192,7 +244,9 @@ def test_a_failed_push_loses_nothing_says_what_to_do_and_can_be_repeated(
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
     without_matplotlib: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(huggingface_hub.utils._http.time, "sleep", lambda _: None)  # between its own attempts
     faults, advice = FAULTS[name]
     push(adapter, license="mit")  # an older state, which must stay
     earlier, weights = online.files(REPO), (adapter / "adapter_model.safetensors").read_bytes()
@@ -259,7 +313,10 @@ print(codes, sys.argv[0])
     [
         ({"repo_id": "adapter"}, "use owner/name"),
         ({"repo_id": "a/b/c"}, "a/b/c"),
-        ({"base_model": None}, "is a folder of this machine .* Give the Hub id of the same model as base_model"),
+        (
+            {"base_model": None},
+            "is a folder of this machine .* as base_model .--base_model",
+        ),
         ({"base_model": "/no/hub/id"}, "no/hub/id"),
         ({"adapter": "nowhere"}, "nowhere is not an adapter folder: there is no adapter_config.json"),
         ({"system": "theirs"}, "has no results of theirs, only of base, ours"),
@@ -294,8 +351,6 @@ def test_broken_and_foreign_adapters_are_refused(adapter: Path, online: Hub, hou
     with pytest.raises(ValueError, match="cut off or damaged"):
         push(adapter)
     weights.write_bytes(whole)
-    from peft import LoraConfig
-
     base = AutoModelForCausalLM.from_pretrained(house / "model")
     get_peft_model(base, LoraConfig(task_type="CAUSAL_LM")).save_pretrained(adapter.parent / "lora")
     with pytest.raises(ValueError, match="an adapter of another method"):

@@ -90,7 +90,7 @@ def test_stages_hand_each_other_files_not_objects(stage):
         assert not {room(name) for name in ours(module)} & others, module
 
 
-@pytest.mark.parametrize("reader", ["report", "plots", "card", "hub"])
+@pytest.mark.parametrize("reader", ["report", "plots", "card", "describe", "hub"])
 def test_readers_of_results_need_no_model(reader):
     forbidden = {"train", "evaluate", "heads", "data", "cli", "demo", "merge"}
     for module in modules_of(reader):
@@ -101,8 +101,9 @@ def test_nothing_but_the_entry_point_imports_the_command_line():
     assert {module for module in FILES if "seal_peft.cli" in imports(module)} <= {"seal_peft.__main__"}
 
 
-def test_the_front_door_opens_only_the_method_until_push_is_asked_for():
-    assert {room(name) for name in imports("seal_peft") if name.startswith("seal_peft")} == {"tuner", "hub"}
+def test_the_front_door_opens_only_the_method_until_something_is_saved_or_pushed():
+    rooms = {room(name) for name in imports("seal_peft") if name.startswith("seal_peft")}
+    assert rooms == {"tuner", "describe", "hub"}
     code = "import sys, seal_peft; print(*sys.modules); seal_peft.push; print('seal_peft.hub' in sys.modules)"
     loaded, hub = python(code).stdout.splitlines()
     assert {room(name) for name in loaded.split() if name.startswith("seal_peft")} == {"", "tuner", "context"}

@@ -23,7 +23,7 @@ def test_the_cells_run_in_order(
     for cell in [smaller, *CODE[1:]]:
         exec(compile(cell, "quickstart.ipynb", "exec"), defined)
     printed = capsys.readouterr().out
-    assert [name for name in ("base:", "with SEAL:", "merged:") if name not in printed] == []
+    assert [name for name in ("base:", "with SEAL:", "loaded:", "merged:") if name not in printed] == []
     assert type(defined["plain"]).__name__ == "LlamaForCausalLM"
     assert (tmp_path / "runs" / "notebook" / "scales.png").is_file()
 

@@ -67,7 +67,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert {name.split("/")[0] for name in names} == {"seal_peft", "seal_peft-0.1.0.dist-info"}
     inside = {name for name in names if name.startswith("seal_peft/")}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "seal_peft").rglob("*.py")}
-    assert inside == expected | {"seal_peft/card.md", "seal_peft/py.typed"}
+    assert inside == expected | {"seal_peft/card.md", "seal_peft/card_several.md", "seal_peft/py.typed"}
     assert wheel.stat().st_size < 300_000
 
 

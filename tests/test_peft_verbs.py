@@ -23,7 +23,7 @@ from torch.testing import assert_close
 
 import seal_peft
 from custom_model import base, cases, config
-from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, draw_scales, logits, seal_layers
+from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, draw_scales, llama, logits, seal_layers
 from seal_peft import SealConfig, scales
 
 both_granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
@@ -134,6 +134,13 @@ def test_a_saved_adapter_holds_the_scales_only_and_loads_again(name, granularity
     assert all(offset.requires_grad for offset in offsets(trainable))
 
 
+def test_scales_come_in_the_order_of_the_layers_from_a_folder_too(tmp_path):
+    model = get_peft_model(llama(num_hidden_layers=12), SealConfig(init_weights=False))
+    model.save_pretrained(tmp_path)
+    assert list(scales(tmp_path)) == list(scales(model))
+    assert [name.split(".")[2] for name in scales(tmp_path)] == [str(layer) for layer in range(12)]
+
+
 def test_the_auto_class_finds_base_and_adapter(base_folder, tmp_path):
     base = tf.AutoModelForCausalLM.from_pretrained(base_folder)
     model = get_peft_model(base, SealConfig(task_type="CAUSAL_LM", granularity="channel"))
@@ -239,7 +246,8 @@ def test_seal_is_a_member_of_the_enum_like_any_other():
 
 def test_registering_again_changes_nothing():
     before = (list(PeftType), dict(peft.PEFT_TYPE_TO_CONFIG_MAPPING), dict(peft.PEFT_TYPE_TO_TUNER_MAPPING))
-    seal_peft.tuner.register()
+    seal_peft.tuner.register(print)
+    assert SealConfig._describe is not print
     assert before == (list(PeftType), dict(peft.PEFT_TYPE_TO_CONFIG_MAPPING), dict(peft.PEFT_TYPE_TO_TUNER_MAPPING))
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SEAL] is SealConfig
 
@@ -250,7 +258,7 @@ def test_a_method_of_the_same_name_is_not_overwritten(monkeypatch):
 
     monkeypatch.setitem(peft.PEFT_TYPE_TO_CONFIG_MAPPING, PeftType.SEAL, Other)
     with pytest.raises(RuntimeError, match=r"already has a method named SEAL \(.*Other\).*import only one of the two"):
-        seal_peft.tuner.register()
+        seal_peft.tuner.register(print)
     assert peft.PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.SEAL] is Other
 
 

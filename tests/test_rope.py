@@ -435,6 +435,53 @@ def test_unloading_and_deleting_give_the_base_back_bit_for_bit():
     assert torch.equal(logits(model.base_model.model), plain)
 
 
+EVERY = {
+    **{kind: (llama, TYPES[kind]) for kind in HERE},
+    "ntk": (llama, NTK),
+    "each layer type": (gemma3, {"full_attention": YARN, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}),
+    "part of the channels": (phi3, phi3_longrope(4.0)),
+}
+
+
+BARE = ("ntk", "longrope", "each layer type", "part of the channels")
+
+
+@pytest.mark.parametrize(("name", "scales"), [*((name, True) for name in EVERY), *((name, False) for name in BARE)])
+def test_every_type_is_loaded_and_undone_bit_for_bit_and_merged(name, scales, tmp_path):
+    build, request_ = EVERY[name]
+    plain = logits(build())
+    model = get_peft_model(build(), SealConfig(sites=("output",) if scales else (), rope_parameters=request_))
+    if scales:
+        draw_scales(model)
+    expected, rope = logits(model.eval()), read_rope(model)
+    assert not torch.equal(expected, plain)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), plain)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter")
+    assert read_rope(loaded) == rope
+    assert torch.equal(logits(loaded), expected)
+    loaded.delete_adapter("default")
+    assert torch.equal(logits(loaded.base_model.model), plain)
+    base = build()
+    base.load_adapter(str(tmp_path / "adapter"))
+    assert torch.equal(logits(base), expected)
+    base.disable_adapters()
+    assert torch.equal(logits(base), plain)
+    base.enable_adapters()
+    base.delete_adapter("default")
+    assert torch.equal(logits(base), plain)
+    merged = PeftModel.from_pretrained(build(), tmp_path / "adapter").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    again = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert read_rope(again) == rope
+    torch.testing.assert_close(logits(again), expected, atol=1e-4, rtol=1e-4)
+    unloaded = model.unload()
+    assert torch.equal(logits(unloaded), plain)
+    assert unloaded.config.to_dict() == build().config.to_dict()
+
+
 def told(make):
     """Return what `make` gives, and its user warnings."""
     with warnings.catch_warnings(record=True) as caught:

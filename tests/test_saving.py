@@ -20,6 +20,7 @@ from torch import Tensor
 from faults import die, in_a_process_of_its_own
 from models import adapted, base_model, logits, seal_layers
 from seal_peft import SealConfig, save_adapter, scales
+from seal_peft.card import MARKER
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 # What one crash interrupts: the k-th of these calls does not return. `half` writes half of the weights file first.
@@ -208,9 +209,10 @@ def test_a_named_adapter_is_saved_flat(tmp_path):
     assert sorted(os.listdir(tmp_path)) == FILES
 
 
-def test_text_that_a_user_wrote_into_the_card_stays(tmp_path):
+def test_text_that_a_user_wrote_into_the_card_stays_without_the_line_that_says_it_is_ours(tmp_path):
     save_adapter(adapted("llama"), tmp_path)
     card = tmp_path / "README.md"
-    card.write_text(card.read_text() + "\nMy notes.\n")
+    assert MARKER in card.read_text()
+    card.write_text(card.read_text().replace(MARKER, "") + "\nMy notes.\n")
     save_adapter(adapted("llama", seed=2), tmp_path)
     assert "My notes." in card.read_text()

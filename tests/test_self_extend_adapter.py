@@ -309,6 +309,29 @@ def test_beside_lora_it_is_saved_loaded_and_switched(tmp_path):
     assert torch.equal(logits(loaded), plain)
 
 
+@pytest.mark.parametrize("first", ["style", "long", "loaded"])
+def test_beside_lora_it_is_merged_into_a_plain_checkpoint(first, tmp_path):
+    torch.manual_seed(0)
+    expected = logits(get_peft_model(under_yarn(), lora(), "style"))
+    assert not torch.allclose(expected, logits(under_yarn()), atol=1e-2)
+    configs = {"style": lora, "long": lambda: positions_only(rope_parameters=YARN)}
+    begin, beside = ("long", "style") if first == "long" else ("style", "long")
+    torch.manual_seed(0)
+    model = get_peft_model(llama(), configs[begin](), begin)
+    torch.manual_seed(0)
+    model = seal_peft.add_beside(model, configs[beside](), beside)
+    assert set(model.base_model.active_adapters) == {"style", "long"}
+    if first == "loaded":
+        model.save_pretrained(tmp_path)
+        model = seal_peft.load_adapters(llama(), tmp_path)
+    torch.testing.assert_close(logits(model), expected)
+    rope, merged = read_rope(model), model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    for plain in (merged, tf.AutoModelForCausalLM.from_pretrained(tmp_path / "merged")):
+        assert read_rope(plain) == rope != read_rope(llama())
+        torch.testing.assert_close(logits(plain), expected, atol=1e-4, rtol=1e-4)
+
+
 def test_rows_scales_and_sums_of_adapters_without_scales():
     model = get_peft_model(llama(), positions_only(rope_parameters=YARN), "long")
     model.add_adapter("scaled", SealConfig(rope_parameters=YARN))

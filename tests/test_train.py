@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,11 +20,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 import models
 from seal_peft import SealConfig, scales
-from seal_peft.data import read_samples
+from seal_peft.data import read_samples, write_samples
+from seal_peft.dataset import training_rows
+from seal_peft.heads import find_heads, save_head_scales
 from seal_peft.tokens import encode_training
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
 from seal_peft.tuner.weights import take_settings
-from stages import error_of, python, save_model, save_samples, seal
+from stages import error_of, python, save_model, save_samples, seal, some_samples
 
 SETTINGS: dict[str, Any] = {"learning_rate": 0.05, "max_steps": 6, "save_steps": 2, "disable_tqdm": True}
 
@@ -37,11 +40,48 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train_in(
-    folder: Path, house: Path, granularity: str = "channel", memory: str | None = None, **changes: Any
+    folder: Path,
+    house: Path,
+    granularity: str = "channel",
+    memory: str | None = None,
+    overwrite_output_dir: bool = False,
+    **changes: Any,
 ) -> Path:
     files = (str(house / "model"), str(house / "train.jsonl"))
-    arguments = TrainArguments(*files, granularity, dtype="float32", memory=memory)
+    own: dict[str, Any] = {"memory": memory, "overwrite_output_dir": overwrite_output_dir}
+    arguments = TrainArguments(*files, granularity, dtype="float32", **own)
     return train(arguments, SealTrainingArguments(output_dir=str(folder), **{**SETTINGS, **changes}))
+
+
+def test_it_starts_from_the_scales_of_another_adapter(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    heads = find_heads(AutoModelForCausalLM.from_pretrained(house / "model"))
+    chosen = torch.linspace(0.8, 1.2, 8).view(2, 4)
+    save_head_scales(heads, chosen, tmp_path / "chosen")
+    words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl", "--max_steps", 1]
+    words += [
+        "--init_adapter",
+        tmp_path / "chosen",
+        "--dtype",
+        "float32",
+        "--disable_tqdm",
+        "true",
+        "--warmup_steps",
+        0,
+    ]
+    assert seal(*words, "--granularity", "head", "--learning_rate", 1e-4, "--output_dir", tmp_path / "out") == 0
+    for own, wanted in zip(scales(tmp_path / "out").values(), chosen, strict=True):
+        assert 0 < (own - wanted).abs().max() < 2e-4
+    # What does not fit is refused before the model is loaded.
+    save_model(tmp_path / "model", weights=False)
+    words[2] = tmp_path / "model"
+    assert seal(*words, "--granularity", "channel", "--output_dir", tmp_path / "no") == 1
+    assert "granularity must be the same" in error_of(capsys)
+    words[words.index(tmp_path / "chosen")] = tmp_path / "nowhere"
+    assert seal(*words, "--output_dir", tmp_path / "no") == 1
+    assert "is not an adapter" in error_of(capsys)
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +116,16 @@ def test_a_finished_training_is_an_adapter_folder_with_its_record(uninterrupted:
     assert run["seconds"] > 0
     assert run["versions"]["torch"]
     assert 0.97 * 6 * 400 <= run["tokens"] <= 6 * 400
+
+
+def test_an_adapter_is_not_scored_on_what_it_was_trained_on(
+    house: Path, uninterrupted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--model_name_or_path", house / "model", "--test_file", house / "train.jsonl", "--output_dir", tmp_path]
+    assert seal("evaluate", *words, "--adapters", f"ours={uninterrupted}") == 1
+    assert "6 of the 6 samples" in (error := error_of(capsys))
+    assert "(lines 1, 2, 3, 4, 5, ...) were in the training data of 'ours'" in error
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_loss_falls(house: Path, tmp_path: Path) -> None:
@@ -266,27 +316,44 @@ def test_an_unfinished_training_is_not_continued_with_other_settings(
         arguments = TrainArguments(str(house / "model"), str(other), dtype="float32")
         train(arguments, SealTrainingArguments(output_dir=str(tmp_path), **SETTINGS))
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
+    train_in(tmp_path, house, learning_rate=0.01, overwrite_output_dir=True)
+    assert run_of(tmp_path)["resumed_from"] is None
 
 
-def test_a_finished_folder_starts_afresh_and_nothing_old_is_taken_for_new(
+def test_a_finished_adapter_is_replaced_only_if_asked_and_nothing_old_is_taken_for_new(
     house: Path, uninterrupted: Path, tmp_path: Path, interrupt_at
 ) -> None:
     train_in(tmp_path, house, learning_rate=0.01, max_steps=4)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    for settings in ({}, {"learning_rate": 0.01, "max_steps": 4}):
+        with pytest.raises(ValueError, match=r"holds a finished adapter .run.json.* or pass --overwrite_output_dir"):
+            train_in(tmp_path, house, **settings)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     interrupt_at(1)
     with pytest.raises(KeyboardInterrupt):
-        train_in(tmp_path, house)
+        train_in(tmp_path, house, overwrite_output_dir=True)
     assert {path.name for path in tmp_path.iterdir()} == {"README.md", "unfinished.json"}
+    interrupt_at(3)
+    with pytest.raises(KeyboardInterrupt):
+        train_in(tmp_path, house)
     interrupt_at(0)
-    train_in(tmp_path, house)
-    assert run_of(tmp_path)["resumed_from"] is None
+    train_in(tmp_path, house, overwrite_output_dir=True)  # the flag does not throw away what is this very training
+    assert run_of(tmp_path)["resumed_from"] == str(tmp_path / "checkpoint-2")
     assert_same_weights(tmp_path, uninterrupted)
 
 
-def test_checkpoints_of_another_program_are_neither_continued_nor_removed(house: Path, tmp_path: Path) -> None:
-    (tmp_path / "checkpoint-3").mkdir()
-    with pytest.raises(ValueError, match="checkpoints of another program"):
-        train_in(tmp_path, house)
-    assert (tmp_path / "checkpoint-3").is_dir()
+def test_adapters_and_checkpoints_of_another_program_are_neither_continued_nor_removed(
+    house: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "a" / "checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    with pytest.raises(ValueError, match="checkpoints of another program.* pass --overwrite_output_dir"):
+        train_in(tmp_path / "a", house)
+    assert checkpoint.is_dir()
+    foreign = shutil.copytree(uninterrupted, tmp_path / "b")
+    (foreign / "run.json").unlink()
+    with pytest.raises(ValueError, match="holds a finished adapter .adapter_config.json"):
+        train_in(tmp_path / "b", house)
 
 
 # --- bad input: the model has no weights, so that whoever would load it fails in another way -------------------------
@@ -315,20 +382,37 @@ def test_samples_beyond_the_window_are_refused_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plain_trainers_rows_are_checked_against_what_the_model_reads_with_its_adapter(house: Path) -> None:
+    samples, tokenizer = read_samples(house / "train.jsonl"), AutoTokenizer.from_pretrained(house / "model")
+    model = get_peft_model(models.llama(max_position_embeddings=300), SealConfig())
+    with pytest.raises(ValueError, match="window of this model is 300 tokens"):
+        training_rows(samples, tokenizer, model)
+    ntk = SealConfig(rope_parameters={"rope_type": "ntk", "factor": 2.0})
+    rows = training_rows(samples, tokenizer, get_peft_model(models.llama(max_position_embeddings=300), ntk))
+    assert rows == [encode_training(sample, tokenizer) for sample in samples]
+
+
 @pytest.mark.parametrize(
     ("rows", "complaint"),
-    [("", "holds no samples"), ("{}\n", "line 1: Field 'id' is missing"), (None, "No such file")],
+    [
+        ("", "There are no samples"),
+        ("{}\n", "line 1: Field 'id' is missing"),
+        (None, "No such file"),
+        (some_samples("test"), "Sample .lines-test-.* is of the test split.* `seal-peft make-data --split train`"),
+    ],
 )
 def test_bad_sample_files_are_refused_before_the_model_is_loaded(
-    weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: str | None, complaint: str
+    weightless: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rows: Any, complaint: str
 ) -> None:
-    if rows is not None:
+    if isinstance(rows, str):
         (tmp_path / "train.jsonl").write_text(rows)
+    elif rows:
+        write_samples(tmp_path / "train.jsonl", rows)
     error = refusal(
         *(capsys, "--model_name_or_path", weightless, "--train_file", tmp_path / "train.jsonl"),
         *("--output_dir", tmp_path / "out"),
     )
-    assert complaint in error
+    assert re.search(complaint, error)
     assert not (tmp_path / "out").exists()
 
 
@@ -336,9 +420,9 @@ def test_a_bad_setting_costs_no_finished_adapter_and_blocks_no_second_try(house:
     train_in(tmp_path, house, max_steps=1)
     before = weights(tmp_path)
     with pytest.raises(ValueError, match="batch_size"):
-        train_in(tmp_path, house, per_device_train_batch_size=0)
+        train_in(tmp_path, house, per_device_train_batch_size=0, overwrite_output_dir=True)
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
-    train_in(tmp_path, house, max_steps=2)
+    train_in(tmp_path, house, max_steps=2, overwrite_output_dir=True)
     assert run_of(tmp_path)["steps"] == 2
 
 

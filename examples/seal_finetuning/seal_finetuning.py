@@ -5,7 +5,6 @@ python examples/seal_finetuning/seal_finetuning.py --tiny  # seconds on a CPU: a
 """
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from peft import AutoPeftModelForCausalLM, get_peft_model
@@ -25,6 +24,8 @@ from transformers import (
 import seal_peft
 from seal_peft.assets import resolve_model
 from seal_peft.data import make_samples
+from seal_peft.dataset import training_rows
+from seal_peft.tasks import Sample
 from seal_peft.tokens import AnswerCollator, encode_training
 
 
@@ -67,9 +68,9 @@ def write_tiny_model(folder: str) -> str:
     return folder
 
 
-def rows(settings: Settings, tokenizer: PreTrainedTokenizerBase, split: str) -> list[dict[str, Any]]:
-    """Generate samples and turn them into tokens, with labels on the answers only."""
-    samples = make_samples(
+def generate(settings: Settings, tokenizer: PreTrainedTokenizerBase, split: str) -> list[Sample]:
+    """Generate samples for training or for testing."""
+    return make_samples(
         settings.task,
         tokenizer=tokenizer,
         split=split,
@@ -78,7 +79,6 @@ def rows(settings: Settings, tokenizer: PreTrainedTokenizerBase, split: str) -> 
         questions_per_context=settings.questions_per_context if split == "train" else 1,
         seed=settings.seed,
     )
-    return [encode_training(sample, tokenizer) for sample in samples]
 
 
 def main(arguments: list[str] | None = None) -> dict[str, float]:
@@ -91,10 +91,10 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     name = resolve_model(settings.base_model)
     dtype = torch.bfloat16 if torch.cuda.is_available() else torch.float32
     base, tokenizer = AutoModelForCausalLM.from_pretrained(name, dtype=dtype), AutoTokenizer.from_pretrained(name)
-    train_rows, test_rows = rows(settings, tokenizer, "train"), rows(settings, tokenizer, "test")
 
     model = get_peft_model(base, seal_peft.SealConfig(granularity=settings.granularity, task_type="CAUSAL_LM"))
     model.print_trainable_parameters()
+    test_rows = [encode_training(sample, tokenizer) for sample in generate(settings, tokenizer, "test")]
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -110,7 +110,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
             report_to="none",
             seed=settings.seed,
         ),
-        train_dataset=train_rows,
+        train_dataset=training_rows(generate(settings, tokenizer, "train"), tokenizer, model),
         eval_dataset=test_rows,
         data_collator=AnswerCollator(tokenizer.pad_token_id),
     )

@@ -31,6 +31,8 @@ _SETTINGS = "_self_extend"  # where an attention module keeps them
 def apply_self_extend(model: nn.Module, *, group_size: int, window: int) -> AppliedSelfExtend:
     """Let a loaded model read further by Self-Extend.
 
+    Source: "LLM Maybe LongLM: Self-Extend LLM Context Window Without Tuning", ICML 2024, arXiv 2401.01325.
+
     It acts on the layers that attend to all that came before; sliding-window layers, whose distances stay within what
     the model knows, and layers without positions stay as they are. `model.config.self_extend` says that it is in
     force.
@@ -64,6 +66,9 @@ def read_self_extend(model: nn.Module) -> dict[str, int] | None:
 
     Args:
         model: A transformers model.
+
+    Returns:
+        `group_size`, and `window` in tokens.
     """
     config = text_config(model)
     return dict(config.self_extend) if config is not None and config._attn_implementation == NAME else None

@@ -65,5 +65,5 @@ def _not_seen(heads: Heads, name: str | None) -> ValueError:
     return ValueError(
         f"{type(heads.layers[0].attention).__name__} of {type(heads.base).__name__} does not call its attention "
         f"function ({name!r}) through transformers' attention interface, so its queries and attention weights cannot "
-        "be seen. Leave out the retrieval score and gradients at the query site; the others do not need them."
+        "be seen. Leave retrieval out of --scores and query out of --sites; the others do not need them."
     )

@@ -58,10 +58,15 @@ class DirectEffects(NamedTuple):
 def direct_effect(heads: Heads, rows: Sequence[EncodedSample], wrong: Sequence[int] | None = None) -> DirectEffects:
     """Split the logit of the first measured token into what heads, MLPs and embedding wrote on it.
 
+    The norms' scales are frozen at their values, which makes the logit linear in the stream.
+
     Args:
         heads: The heads of a model, from `find_heads`.
         rows: Samples, from `encode_samples`.
         wrong: A wrong token for each sample; `None` takes the most probable one that is not the right one.
+
+    Returns:
+        Shares in logits, fp32 tensors on the CPU: of heads `(samples, layers, heads)`, of MLPs `(samples, layers)`.
 
     Raises:
         ValueError: The parts do not sum to what the model computes: it is built another way than a residual stream of

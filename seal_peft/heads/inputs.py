@@ -53,6 +53,9 @@ def encode_samples(
         measure: Whose log-probability counts: `"answer"` the tokens of the accepted answers where they stand in the
             last assistant turn, `"target"` all that training teaches (every assistant turn, with its end).
 
+    Returns:
+        Token ids, labels and places of the needle, in the order of the samples.
+
     Raises:
         ValueError: A sample cannot be measured so.
     """

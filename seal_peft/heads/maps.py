@@ -58,6 +58,9 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
     Args:
         a: Values of any shape.
         b: Values of the same shape.
+
+    Returns:
+        -1 to 1.
     """
     both = a.isfinite() & b.isfinite()
     x, y = _ranks(a[both]), _ranks(b[both])

@@ -54,13 +54,16 @@ def pruning_map(
 
     The values are those of one full forward pass per head and sample. They cost less: the layers below a head are
     computed once per sample, several heads of a layer run as rows of one batch, and samples that share their beginning
-    (several questions about one context) read it once.
+    (several questions about one context) read it once. The paper prunes heads in its figure 2b (arXiv 2501.15225).
 
     Args:
         heads: The heads of a model, from `find_heads`.
         rows: Samples, from `encode_samples`.
         ablation: `"zero"` takes a head's output away; `"mean"` puts its mean over all tokens of all samples there.
         batch_tokens: Tokens that go through a layer together, which bounds the memory.
+
+    Returns:
+        Changes, each an fp32 tensor `(samples, layers, heads)` on the CPU; log-probabilities in nats.
 
     Raises:
         ValueError: The ablation is not known.
@@ -92,6 +95,9 @@ def prune_channels(
         head: Number of the head.
         ablation: As in `pruning_map`.
         batch_tokens: As in `pruning_map`.
+
+    Returns:
+        Changes, each an fp32 tensor `(samples, head_dim)` on the CPU; log-probabilities in nats.
     """
     size = heads.layers[layer].geometry.head_dim
     parts: list[list[_Part]] = [[] for _ in heads.layers]
@@ -116,12 +122,11 @@ def _prune(
         if ablation == "mean":
             fill = head_means(heads, rows)
         for group in group_by_beginning(heads, rows):
-            read = read_samples_once(heads, [rows[index] for index in group])
+            read = read_samples_once(heads, [rows[index] for index in group], batch_tokens)
             base[:, group] = torch.stack(read.base).cpu()
-            several = max(1, batch_tokens // read.cost)
             for layer, own in enumerate(parts):
-                for start in range(0, len(own), several):
-                    chunk = own[start : start + several]
+                for start in range(0, len(own), read.several):
+                    chunk = own[start : start + read.several]
                     scores = read.run(layer, len(chunk), partial(_take_out, parts=chunk, fill=fill[layer]))
                     for part, after in zip(chunk, torch.stack(scores, dim=-1).cpu(), strict=True):
                         flat[:, group, part.place] = after.T
@@ -168,6 +173,9 @@ def without_head(heads: Heads, layer: int, head: int) -> Iterator[None]:
         heads: The heads of the model.
         layer: Position of the layer among `heads.layers`.
         head: Number of the head.
+
+    Returns:
+        A context manager; after it the model is what it was.
     """
     size = heads.layers[layer].geometry.head_dim
     part = slice(head * size, (head + 1) * size)

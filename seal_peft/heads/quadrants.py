@@ -64,6 +64,9 @@ def quadrant_scales(found: Tensor, factors: Mapping[int, float]) -> Tensor:
     Args:
         found: The quadrant of each head, `(layers, heads)`, as `quadrants` gives it.
         factors: Number of a quadrant -> factor of its heads.
+
+    Returns:
+        fp32 scales for `save_head_scales`.
     """
     scales = torch.ones(found.shape)
     for number, factor in factors.items():

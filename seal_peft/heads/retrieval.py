@@ -35,11 +35,15 @@ class Retrieval(NamedTuple):
 def retrieval_map(heads: Heads, rows: Sequence[EncodedSample]) -> Retrieval:
     """Score every head by its attention from the answer to the needle.
 
-    Attention weights are computed for the rows that predict measured tokens and for no others.
+    Attention weights are computed for the rows that predict measured tokens and for no others. After "Retrieval Head
+    Mechanistically Explains Long-Context Factuality", arXiv 2404.15574, with the right answer given.
 
     Args:
         heads: The heads of a model, from `find_heads`.
         rows: Samples, from `encode_samples`.
+
+    Returns:
+        Two scores from 0 to 1, each an fp32 tensor `(samples, layers, heads)` on the CPU.
 
     Raises:
         ValueError: A sample has no needle, or the model's attention is not the softmax that this score reads.
@@ -62,7 +66,7 @@ def check_needles(rows: Sequence[EncodedSample]) -> None:
         if not row.needle:
             raise ValueError(
                 f"Sample {row.id!r} has no needle: its prompt spells none of its answers, so the retrieval score has "
-                "no meaning for it. Leave the score out, or use a task whose answer stands in the context."
+                "no meaning for it. Leave retrieval out of --scores, or use a task whose answer stands in the context."
             )
 
 
@@ -150,5 +154,5 @@ def _check_same(own: Tensor, models: Tensor, heads: Heads, module: Any) -> None:
         raise ValueError(
             f"The attention of {type(module).__name__} in {type(heads.base).__name__} is not the softmax of scaled "
             "products of queries and keys that the retrieval score reads, so its weights would be wrong. Load the "
-            "model with another attn_implementation, such as 'sdpa' or 'eager', or leave this score out."
+            "model with another --attn_implementation, such as sdpa or eager, or leave retrieval out of --scores."
         )

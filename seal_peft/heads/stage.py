@@ -15,7 +15,7 @@ from typing import Any, get_args
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..data import check_window, read_samples
 from ..loading import (
@@ -164,7 +164,10 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
         if getattr(arguments, wants_pruning) and "pruning" not in arguments.scores:
             raise ValueError(f"--{wants_pruning} goes by pruning: add it to --scores.")
     if arguments.generate_heads < 0 or arguments.batch_tokens < 1:
-        raise ValueError("Use 0 or more --generate_heads, and 1 or more --batch_tokens.")
+        raise ValueError(
+            f"--generate_heads {arguments.generate_heads} --batch_tokens {arguments.batch_tokens} was given; use 0 or "
+            "more of the first, and 1 or more of the second."
+        )
     for text in arguments.quadrants:
         parse_factors(text)
     if arguments.apply_adapter and (not arguments.adapter or arguments.quadrants):
@@ -183,9 +186,16 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
 def _check_model(arguments: HeadsArguments, longest: int) -> None:
     """Find out without the weights whether model and adapter fit each other and the samples, and name the heads."""
     config, window = load_config(arguments.model_name_or_path), None
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
+        raise ValueError(
+            f"{arguments.model_name_or_path} is a {config.model_type} model, which transformers does not load as a "
+            "language model that predicts the next token. These scores are about such models only."
+        )
     if arguments.adapter:
         if not isinstance(read_adapter(arguments.adapter), SealConfig):
-            raise ValueError(f"{arguments.adapter} is no SEAL adapter: no scales to stand beside the scores.")
+            raise ValueError(
+                f"--adapter {arguments.adapter} is of another method and has no scales; give a SEAL adapter, or none."
+            )
         adapted = check_adapter(arguments.model_name_or_path, arguments.adapter)
         if arguments.apply_adapter and adapted is not None:
             config, window = adapted.config, reach(adapted)

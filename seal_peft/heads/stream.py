@@ -195,5 +195,5 @@ def _check_close(heads: Heads, a: Tensor, b: Tensor, why: str) -> None:
 def _refusal(heads: Heads, why: str) -> ValueError:
     return ValueError(
         f"The direct effect has no meaning for {type(heads.base).__name__}: {why}, so its parts do not sum to the "
-        "logit. Leave this score out; the others do not need it."
+        "logit. Leave direct_effect out of --scores; the others do not need it."
     )

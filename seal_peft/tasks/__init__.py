@@ -147,6 +147,9 @@ def get_task(name: str) -> Task:
     Args:
         name: A key of `TASKS`.
 
+    Returns:
+        How it makes samples and how it scores answers.
+
     Raises:
         ValueError: If no task has this name.
     """

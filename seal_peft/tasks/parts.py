@@ -64,6 +64,9 @@ def half(items: Iterable[str], split: str) -> tuple[str, ...]:
     Args:
         items: The whole pool.
         split: One of `SPLITS`.
+
+    Returns:
+        The items of the split, in their order.
     """
     return tuple(item for item in items if belongs(item, split))
 
@@ -149,6 +152,9 @@ def new_sample(
         depth: Place of the fact asked last.
         split: One of `SPLITS`.
         questions: Number of questions.
+
+    Returns:
+        The sample, its `messages` and `target` filled from the turns.
     """
     messages: list[dict[str, str]] = []
     for question, answer in turns:
@@ -174,6 +180,9 @@ def hide(needles: Iterable[tuple[float, str]], haystack: Sequence[str]) -> list[
         needles: Depth and text of each. The depth is the share of the haystack's characters before the needle, to the
             nearest border between units. Needles at one border keep the order of their depths.
         haystack: Sentences or other units.
+
+    Returns:
+        The units with the needles among them.
     """
     borders = [0, *accumulate(len(unit) for unit in haystack)]
     result: list[str] = []

@@ -119,6 +119,9 @@ def noise(rng: Random, split: str) -> Iterator[str]:
     Args:
         rng: Decides which.
         split: `"train"` or `"test"`; no sentence belongs to both.
+
+    Returns:
+        An endless iterator of sentences.
     """
     who = half(_WHO, split)
     while True:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 from peft.config import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME, PeftType
@@ -19,16 +19,6 @@ from .weights import SCALES, check_weights_file, saved_config, take_settings
 
 Granularity = Literal["head", "channel"]
 Site = Literal["output", "query"]
-
-_LOAD_NOTE = (
-    "\n## Loading\n\n"
-    "SEAL is not part of PEFT: import `seal_peft` first, or loading ends in `KeyError: 'SEAL'`.\n\n"
-    "```python\n"
-    "import seal_peft  # registers SEAL with PEFT\n"
-    "from peft import AutoPeftModelForCausalLM\n\n"
-    'model = AutoPeftModelForCausalLM.from_pretrained("path/or/id/of/this/adapter")\n'
-    "```\n"
-)
 
 
 @dataclass
@@ -133,6 +123,9 @@ class SealConfig(PeftConfig):
         default=None, metadata={"help": "Filled in: fingerprint of the settings that the saved weights carry."}
     )
 
+    # Writes the card of a saved adapter. The package around the tuner sets it; without one, PEFT's own form stays.
+    _describe: ClassVar[Callable[[str], None] | None] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType["SEAL"]
@@ -200,7 +193,7 @@ class SealConfig(PeftConfig):
         return {**super().to_dict(), "sites": list(self.sites)}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """Save the config, and name the import that loading needs in the model card beside it, if there is one.
+        """Save the config; a trained adapter gets its model card, too, over the empty form that PEFT writes.
 
         Each file appears complete, by a rename.
         """
@@ -208,15 +201,12 @@ class SealConfig(PeftConfig):
         discard_save(save_directory)
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=save_directory) as new:
             super().save_pretrained(new, **kwargs)
-            card = os.path.join(save_directory, "README.md")
-            if os.path.isfile(card):
-                with open(card, encoding="utf-8") as file:
-                    text = file.read()
-                if "import seal_peft" not in text:
-                    with open(os.path.join(new, "README.md"), "w", encoding="utf-8") as file:
-                        file.write(text.rstrip("\n") + "\n" + _LOAD_NOTE)
             for name in os.listdir(new):
                 os.replace(os.path.join(new, name), os.path.join(save_directory, name))
+        weights = (os.path.join(save_directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+        describe = type(self)._describe  # of the class, where a function is no method
+        if describe is not None and self.heads and any(map(os.path.isfile, weights)):
+            describe(save_directory)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> Any:

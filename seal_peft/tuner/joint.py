@@ -216,10 +216,14 @@ def _sync(model: Any, inference_mode: bool | None = None) -> None:
         model: A SEAL model.
         inference_mode: Whether active copies are frozen; `None` leaves all parameters as trainable as they are.
     """
+    # Of an adapter without scales a layer holds nothing, and yet it brings its positions.
+    bare = {name for name, config in model.peft_config.items() if isinstance(config, SealConfig) and not config.sites}
     active: set[str] = set()
     for layer in model.model.modules():
         if isinstance(layer, BaseTunerLayer):
-            active |= layer._get_available_adapters() & set(layer.active_adapters)
+            held = layer._get_available_adapters()
+            held = held | bare if isinstance(layer, model.tuner_layer_cls) else held
+            active |= held & set(layer.active_adapters)
     model.active_adapter = [name for name in model.peft_config if name in active]
     trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     set_on_modules_to_save(model.model, model.active_adapter, inference_mode=bool(inference_mode))

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+from peft import PeftModel
 from peft import mapping as peft_mapping
 from peft.utils import PeftType, register_peft_method
 
@@ -12,10 +16,13 @@ from .model import SealModel
 _NAME = "SEAL"
 
 
-def register() -> None:
+def register(describe: Callable[..., None]) -> None:
     """Register SEAL with PEFT. Calling it again changes nothing.
 
     PEFT has no plugin entry point and only accepts members of `PeftType`, so a member is added to that enum.
+
+    Args:
+        describe: Writes the card of an adapter folder, which it gets, and before an upload the repository's id, too.
 
     Raises:
         RuntimeError: PEFT itself, or another package, already has a method of this name.
@@ -33,6 +40,22 @@ def register() -> None:
         )
     register_peft_method(name=_NAME.lower(), config_cls=SealConfig, model_cls=SealModel)
     watch()
+    SealConfig._describe = describe
+    _describe_on_push(describe)
+
+
+def _describe_on_push(describe: Callable[..., None]) -> None:
+    """Give `PeftModel.push_to_hub` the last word on the card to SEAL; models without a SEAL adapter are left alone.
+
+    transformers writes a plain card over the saved one between `save_pretrained` and the upload, and asks nobody.
+    """
+
+    def _upload_modified_files(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(config, SealConfig) for config in self.peft_config.values()):
+            describe(working_dir, repo_id)
+        return super(PeftModel, self)._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    PeftModel._upload_modified_files = _upload_modified_files  # type: ignore[method-assign]
 
 
 def _add_enum_member(name: str) -> None:

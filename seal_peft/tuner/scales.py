@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from safetensors import safe_open
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .layer import SealLayer
@@ -26,8 +26,8 @@ def scales(model: nn.Module | str | os.PathLike[str], adapter_name: str = "defau
         adapter_name: Which adapter of the model; a folder holds one adapter and ignores it.
 
     Returns:
-        Full name of each attention output projection -> fp32 tensor on the CPU, shape `(num_heads,)` for SEAL-H or
-        `(num_heads, head_dim)` for SEAL-C. 1 is unchanged.
+        Full name of each scaled module, in the order of the layers -> fp32 tensor on the CPU, shape `(num_heads,)`, or
+        `(num_heads, head_dim)` for the output site of SEAL-C. 1 is unchanged.
 
     Raises:
         ValueError: The model or folder holds no such adapter.
@@ -71,16 +71,24 @@ def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 
 def _from_folder(folder: Path) -> dict[str, Tensor]:
     finish_save(folder)
-    path = folder / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
+    path, pickled = folder / SAFETENSORS_WEIGHTS_NAME, folder / WEIGHTS_NAME
+    if path.is_file():
+        check_weights_file(str(path))
+        tensors = load_file(path)
+    elif pickled.is_file():  # `save_pretrained(..., safe_serialization=False)`
+        path, tensors = pickled, torch.load(pickled, map_location="cpu", weights_only=True)
+    else:
         raise ValueError(f"{folder} is not an adapter folder: there is no {SAFETENSORS_WEIGHTS_NAME} in it.")
-    check_weights_file(str(path))
-    with safe_open(path, framework="pt") as file:
-        found = {
-            key.removeprefix(_KEY_PREFIX).removesuffix(SCALES): 1 + file.get_tensor(key).to(torch.float32)
-            for key in file.keys()  # noqa: SIM118 (not a dict)
-            if key.endswith(SCALES)
-        }
+    found = {
+        key.removeprefix(_KEY_PREFIX).removesuffix(SCALES): 1 + value.to(torch.float32)
+        for key, value in tensors.items()
+        if key.endswith(SCALES)
+    }
     if not found:
         raise ValueError(f"{path} holds no SEAL scales; is it an adapter of another method?")
-    return found
+    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+
+
+def _place(name: str) -> list[tuple[int, str]]:
+    """Sort key of a module's name: the file goes by letters, in which layer 10 stands before layer 2."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

@@ -1,0 +1,57 @@
+"""From samples to what a Trainer trains on, checked against the model that is to learn them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from tqdm.auto import tqdm
+
+from .data import check_window
+from .reach import reach
+from .tasks import Sample
+from .tokens import encode_training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def training_rows(
+    samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, model: Any
+) -> list[dict[str, list[int]]]:
+    """Tokenise samples for a Trainer with `AnswerCollator`.
+
+    Args:
+        samples: What `read_samples` or `make_samples` gave.
+        tokenizer: The model's tokenizer.
+        model: The model that is to be trained, with its adapter: what the adapter brings to extend the window counts.
+            Nothing is computed with its weights.
+
+    Returns:
+        A row a sample, as `encode_training` makes it: `input_ids` and `labels`, equally long.
+
+    Raises:
+        ValueError: There are no samples, one is longer than the model's window, where positions give noise and no
+            error, or one is of the test split.
+
+    Example:
+        ```python
+        from seal_peft.data import read_samples
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained("my/model")
+        rows = training_rows(read_samples("my.jsonl"), tokenizer, model)  # for a Trainer, with AnswerCollator
+        ```
+    """
+    if not samples:
+        raise ValueError("There are no samples to train on. Make some with `seal-peft make-data`.")
+    for sample in samples:
+        if sample.meta.get("split") == "test":
+            raise ValueError(
+                f"Sample {sample.id!r} is of the test split, and after training on it no score on that split would be "
+                "worth anything. Make samples for training with `seal-peft make-data --split train`."
+            )
+    progress = tqdm(samples, desc="Tokenising", unit="sample", delay=1.0)
+    rows = [encode_training(sample, tokenizer) for sample in progress]
+    check_window(model.config, max(len(row["input_ids"]) for row in rows), reach(model))
+    return rows

@@ -1,0 +1,126 @@
+"""The benchmarks of heads and of context extension run at a tiny size, where there is no GPU, too."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+
+import models
+import tokenizers_for_tests as tokenizers_
+from seal_peft import SealConfig
+from seal_peft.data import write_samples
+from seal_peft.generation import generate_answers
+from seal_peft.tokens import encode_prompt
+from stages import save_model, some_samples
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+def words_of(settings: dict[str, object]) -> list[str]:
+    """Settings as words of a command line."""
+    words = []
+    for name, value in settings.items():
+        words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+def run(monkeypatch: pytest.MonkeyPatch, script: str, *words: object) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / script), *map(str, words)])
+    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+
+
+def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = {"lengths": [300, 330], "num_samples": 2, "contexts": 1, "check_heads": 2, "generate_heads": 0}
+    sizes |= {"train_lengths": [300], "num_train_samples": 1, "num_test_samples": 1, "dtype": "float32"}
+    words = words_of({"model": save_model(tmp_path / "model"), "output_dir": tmp_path, **sizes})
+    run(monkeypatch, "heads.py", *words)
+    maps, speed, quadrants = (
+        json.loads((tmp_path / f"heads-{part}.json").read_text())["results"] for part in ("maps", "speed", "quadrants")
+    )
+    assert len(maps["channel"]["heads"]) == 8
+    for own in speed.values():
+        assert own["pruning, 1 contexts"]["share_of_naive"] > 0
+        for values in own["equality"]["float32"].values():
+            assert values["mean"] <= values["sample"] < 1e-4
+            assert values["noise"]["same"] == 1.0
+    systems = {cell["system"] for cell in quadrants["logprob"]}
+    assert systems == {"base", "Q1x0.9", "Q3x0.9", "Q1x0.9-Q3x1.1", "seal-head", "seal-channel"}
+
+
+EXTENSIONS = {
+    "none": {"rope_parameters": {"rope_type": "default"}},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
+    "self-extend": {"self_extend": {"group_size": 3, "window": 40}},
+}
+
+
+@pytest.mark.parametrize("extension", EXTENSIONS)
+def test_prompts_that_are_read_alone_get_the_answers_of_a_padded_batch(
+    extension: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    together = runpy.run_path(str(SCRIPTS / "together.py"))
+    tokenizer = tokenizers_.bpe(tokenizers_.CHATML)
+    base = models.llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    model = get_peft_model(base, SealConfig(sites=(), **EXTENSIONS[extension])).eval()
+    prompts = [encode_prompt(sample, tokenizer) for sample in some_samples("test", 400, 2)]
+    prompts = sorted([*prompts, prompts[0][:300]], key=len, reverse=True)
+    with torch.inference_mode():
+        model(input_ids=torch.tensor([prompts[0] * 2]))  # dynamic RoPE forgets it
+    found = together["answers_together"](model, tokenizer, prompts, 8)
+    fresh = models.llama(vocab_size=len(tokenizer), max_position_embeddings=256)
+    fresh = get_peft_model(fresh, SealConfig(sites=(), **EXTENSIONS[extension])).eval()
+    assert found == generate_answers(fresh, tokenizer, prompts, 8)
+    assert together["batches_of"](prompts, 2 * len(prompts[0])) == [[0, 1], [2]]
+
+
+def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_model(tmp_path / "model")
+    monkeypatch.syspath_prepend(SCRIPTS)
+    context = runpy.run_path(str(SCRIPTS / "context.py"))
+    for split, (count, questions) in {"train": (1, 2), "test": (2, 1)}.items():
+        made = [s for n in (300, 330) for s in context["_samples"](str(model), "lines", split, n, count, questions)]
+        write_samples(tmp_path / f"lines-{split}.jsonl", made)
+    systems = ["base", "self-extend+seal-c+temperature"]
+    settings = {"folder": tmp_path, "model": model, "tasks": "lines", "systems": systems, "batch_tokens": 700}
+    run(monkeypatch, "context.py", "work", *words_of(settings))
+    records = {system: tmp_path / "lines" / system / "answers.jsonl" for system in systems}
+    whole = {system: record.read_text() for system, record in records.items()}
+    weights = (tmp_path / "lines" / systems[1] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    records["base"].write_text("".join(whole["base"].splitlines(keepends=True)[:2]))
+    for claim in (tmp_path / "claims").iterdir():
+        claim.unlink()
+    run(monkeypatch, "context.py", "work", *words_of(settings))
+    assert {system: record.read_text() for system, record in records.items()} == whole
+    assert (tmp_path / "lines" / systems[1] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    run(monkeypatch, "context.py", "merge", *words_of({**settings, "output": tmp_path / "out.json"}))
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert [cell["n"] for cell in result["tasks"]["lines"]["cells"] if cell["depth"] is None] == [2, 2, 2, 2]
+    assert result["training"][f"lines, {systems[1]}"]["samples"] == 2
+    assert "| base | " in capsys.readouterr().out
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_long_training_texts_are_fewer_so_that_no_length_has_more_tokens_than_12k(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    context = runpy.run_path(str(SCRIPTS / "context.py"))
+    options = type("Options", (), {"contexts": 32, "questions": 8, "num_samples": 50})
+    assert [context["counts"](options, "train", n)[0] for n in (1024, 12288, 16384, 24576, 31744)] == [
+        32,
+        32,
+        24,
+        16,
+        12,
+    ]
+    assert context["counts"](options, "test", 32768) == (50, 1)
