@@ -9,7 +9,7 @@ QUANTIZED ?= $(VENV)-quantized
 PEFT_SOURCE ?= $(VENV)/peft-source
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test test-floor test-quantized test-peft quality docs bench clean
+.PHONY: install demo test test-floor test-quantized test-peft quality docs bench results results-check clean
 
 install: $(INSTALLED)
 
@@ -72,6 +72,13 @@ quality: $(INSTALLED)
 
 docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# Every figure of README.md and docs/ that comes from a file in results/ is written by this, and checked by the next.
+results: $(INSTALLED)
+	$(BIN)/python results/render.py
+
+results-check: $(INSTALLED)
+	$(BIN)/python results/render.py --check
 
 bench: $(INSTALLED)
 	@for script in $(wildcard benchmarks/*.py); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done

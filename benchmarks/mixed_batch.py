@@ -74,15 +74,15 @@ def measure(arguments: argparse.Namespace, method: str, count: int) -> dict[str,
         before = _allocated()
         model = with_adapters(base, method, count)
         each = (_allocated() - before) / count
-        times |= timed(every_call=lambda: step(model, adapter_names=different))
-        times |= timed(every_call_one_adapter=lambda: step(model, adapter_names=same))
+        times |= timed(**{"every call": lambda: step(model, adapter_names=different)})
+        times |= timed(**{"every call, one adapter": lambda: step(model, adapter_names=same)})
         if method == SEAL:
             # As in generate(): the rows' scales are gathered once, on entering, for all steps.
             times |= timed(enter=lambda: _enter(model, different))
             with model.base_model._enable_peft_forward_hooks(adapter_names=different):
-                times |= timed(within_generate=lambda: step(model))
+                times |= timed(**{"within generate": lambda: step(model)})
             with model.base_model._enable_peft_forward_hooks(adapter_names=same):
-                times |= timed(within_generate_one_adapter=lambda: step(model))
+                times |= timed(**{"within generate, one adapter": lambda: step(model)})
         peak = _peak(lambda: step(model, adapter_names=different))
     rounds = min(map(len, times.values()))
     steps = summary({name: values[:rounds] for name, values in times.items()}, "base")
@@ -106,9 +106,9 @@ def _enter(model: PeftModel, names: list[str]) -> None:
 def _one_more(steps: dict[str, dict[str, float]], peak: float, count: int) -> dict[str, float]:
     """Cost of one more adapter in flight at the same number of rows."""
     cost = {"peak_bytes": peak / count}
-    for name in ("every_call", "within_generate"):
+    for name in ("every call", "within generate"):
         if name in steps:
-            cost[f"{name}_us"] = 1e3 * (steps[name]["ms"] - steps[f"{name}_one_adapter"]["ms"]) / (count - 1)
+            cost[f"us, {name}"] = 1e3 * (steps[name]["ms"] - steps[f"{name}, one adapter"]["ms"]) / (count - 1)
     return cost
 
 
@@ -155,7 +155,7 @@ def main() -> None:
             try:
                 results.append(measure(arguments, method, count))
                 _show(results[-1])
-                milliseconds = results[-1]["step"]["every_call"]["ms"]
+                milliseconds = results[-1]["step"]["every call"]["ms"]
                 if milliseconds > 1e3 * arguments.step_limit:
                     stopped[method] = f"after {count} adapters: a step takes {milliseconds / 1e3:.1f} s"
             except torch.OutOfMemoryError as error:

@@ -17,32 +17,26 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from jobs import claimed, interval_over_seeds, make_lines, mean_loss, score_answers, spread
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import Trainer, TrainingArguments
 
 from seal_peft import SealConfig, save_adapter
-from seal_peft.data import make_samples, read_samples, write_samples
+from seal_peft.data import read_samples
 from seal_peft.files import write_json
-from seal_peft.generation import generate_answers, make_batches
 from seal_peft.loading import load_model, load_tokenizer
 from seal_peft.provenance import provenance
-from seal_peft.statistics import mean_interval
-from seal_peft.tasks import TASKS, Sample
-from seal_peft.tokens import AnswerCollator, encode_prompt, encode_training
+from seal_peft.tokens import AnswerCollator, encode_training
 from seal_peft.tuner.query import QueryLinear
 
 BOTH = ("output", "query")
@@ -112,12 +106,6 @@ class _GrowingQuery(QueryLinear):
         return (result * (1 + growth.unsqueeze(-1) * offset)).to(result.dtype)
 
 
-def _samples(model: str, name: str, length: int, n: int, questions: int, seed: int) -> list[Sample]:
-    numbers = {"lengths": [length], "num_samples": n, "questions_per_context": questions, "seed": seed}
-    split = "test" if name == "test" else "train"
-    return make_samples("lines", tokenizer=load_tokenizer(model), split=split, **numbers)
-
-
 # -- one job ----------------------------------------------------------------------------------------------------------
 
 
@@ -132,20 +120,14 @@ class Bench:
     def data(self) -> None:
         """Make the samples of all seeds that are not there yet, each length in a process of its own."""
         setting = self.setting
-        files = {
+        numbers = {
             f"train-{seed}": (setting.train_lengths, setting.contexts, setting.questions, seed)
             for seed in range(self.options.seeds)
         }
-        files["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, 1000)
-        files["test"] = (setting.test_lengths, self.options.num_samples, 1, 0)
-        missing = {name: numbers for name, numbers in files.items() if not (self.folder / f"{name}.jsonl").is_file()}
-        with ProcessPoolExecutor() as pool:
-            parts = {
-                name: [pool.submit(_samples, self.options.model, name, n, *rest) for n in lengths]
-                for name, (lengths, *rest) in missing.items()
-            }
-            for name, futures in parts.items():
-                write_samples(self.folder / f"{name}.jsonl", [s for future in futures for s in future.result()])
+        numbers["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, 1000)
+        numbers["test"] = (setting.test_lengths, self.options.num_samples, 1, 0)
+        files = {name: [(length, *rest) for length in lengths] for name, (lengths, *rest) in numbers.items()}
+        make_lines(self.options.model, self.folder, files)
 
     def rows(self, name: str) -> list[dict[str, list[int]]]:
         """Tokens and labels of a file of samples."""
@@ -194,19 +176,11 @@ class Bench:
             "tokens": sum(len(row["input_ids"]) for row in rows),
             "parameters": model.get_nb_trainable_parameters()[0],
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "valid_loss": self._loss(model.eval(), collator),
+            "valid_loss": mean_loss(model.eval(), self.rows("valid"), collator),
             "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
         }
         write_json(output / "run.json", run)
         return run
-
-    @torch.inference_mode()
-    def _loss(self, model: Any, collator: AnswerCollator) -> float:
-        losses = []
-        for row in self.rows("valid"):
-            batch = {key: v.to(model.device) if torch.is_tensor(v) else v for key, v in collator([row]).items()}
-            losses.append(model(**batch).loss.item())
-        return mean(losses)
 
     def test(self, system: str, rate: float, seed: int) -> dict[str, list[float]]:
         """Let one adapter (the base model at rate 0) answer the test samples; return right and wrong by length."""
@@ -221,17 +195,11 @@ class Bench:
         if system == GROWING:
             make_growing(model)
         self.tokenizer = self.tokenizer or load_tokenizer(self.options.model)
-        scores: dict[str, list[float]] = {}
         samples = read_samples(self.folder / "test.jsonl")
-        task = TASKS["lines"]
-        prompts = [encode_prompt(sample, self.tokenizer) for sample in samples]
-        found: dict[int, float] = {}
-        limit = task.max_new_tokens
-        for batch in make_batches(prompts, [limit] * len(prompts), self.options.batch_size):
-            answers = generate_answers(model, self.tokenizer, [prompts[i] for i in batch], limit)
-            found |= {i: task.score(answer, samples[i].answers) for i, answer in zip(batch, answers, strict=True)}
-        for index, sample in enumerate(samples):
-            scores.setdefault(str(sample.length), []).append(found[index])
+        scores: dict[str, list[float]] = {}
+        found = score_answers(model, self.tokenizer, samples, self.options.batch_size)
+        for sample, score in zip(samples, found, strict=True):
+            scores.setdefault(str(sample.length), []).append(score)
         write_json(path, scores)
         return scores
 
@@ -266,7 +234,9 @@ class Bench:
             entry.setdefault("scores", []).append(scores)
         for system, entry in systems.items():
             by_seed = entry.pop("scores")
-            entry["accuracy"] = {length: _interval([own[length] for own in by_seed]) for length in by_seed[0]}
+            entry["accuracy"] = {
+                length: interval_over_seeds([own[length] for own in by_seed]) for length in by_seed[0]
+            }
             if system != "base" and not self.options.rates_of:
                 entry["search"] = {
                     f"{rate:g}": self.train(system, rate, 0)["valid_loss"] for rate in self.options.rates
@@ -274,29 +244,14 @@ class Bench:
         return {"setting": asdict(self.setting), "systems": systems}
 
 
-def _interval(scores: list[list[float]]) -> dict[str, float]:
-    """Mean and 95% interval over samples, each of them the mean over seeds: seeds answer the same samples."""
-    value, low, high = mean_interval([mean(own) for own in zip(*scores, strict=True)])
-    return {"mean": value, "low": low, "high": high, "n": len(scores[0])}
-
-
 # -- many processes ---------------------------------------------------------------------------------------------------
-
-
-def claimed(folder: Path, phase: str, jobs: list[tuple[str, float, int]]) -> Iterator[tuple[str, float, int]]:
-    """Yield the jobs of a phase that no other process has begun in this call."""
-    for job in jobs:
-        try:
-            (folder / "{}-{:g}-{}.{}.claim".format(*job, phase)).touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        yield job
 
 
 def work(bench: Bench, phase: str) -> None:
     """Do a share of the jobs of one phase."""
     torch.set_num_threads(1)
-    for job in claimed(bench.folder, phase, bench.searches() if phase == "search" else bench.finals()):
+    jobs = bench.searches() if phase == "search" else bench.finals()
+    for _, *job in claimed(bench.folder, [(phase, *job) for job in jobs]):
         if job[1]:
             bench.train(*job)
         if phase == "final":
@@ -304,18 +259,10 @@ def work(bench: Bench, phase: str) -> None:
         print(bench.name, *job, flush=True)
 
 
-def spread(options: argparse.Namespace, name: str, phase: str) -> None:
+def spread_phase(options: argparse.Namespace, name: str, phase: str) -> None:
     """Run the jobs of one phase in worker processes and wait for all of them."""
-    for claim in (Path(options.work) / name).glob("*.claim"):
-        claim.unlink()
-    gpus = max(1, torch.cuda.device_count())
-    command = [sys.executable, __file__, "work", "--phase", phase, *sys.argv[2:], "--settings", name]
-    running = []
-    for number in range(options.workers):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
-        running.append(subprocess.Popen(command, env=environment))
-    if any([process.wait() for process in running]):
-        sys.exit(f"a worker of {name}, {phase}, failed")
+    words = [__file__, "work", "--phase", phase, *sys.argv[2:], "--settings", name]
+    spread(Path(options.work) / name, words, options.workers)
 
 
 def main() -> None:
@@ -343,7 +290,7 @@ def main() -> None:
             bench.data()
             continue
         for phase in ("search", "final"):
-            spread(options, bench.name, phase)
+            spread_phase(options, bench.name, phase)
     if options.verb == "run":
         results = {bench.name: bench.summary() for bench in benches}
         write_json(options.output, {"task": "lines", **results, **provenance()})

@@ -25,6 +25,7 @@ from .hub import PushArguments, push_stage
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
 from .report import ReportArguments, guard_tables, markdown_table, notes, overall_rows, report
+from .reproduce.stage import ReproduceArguments, reproduce
 from .train import RECIPES, SealTrainingArguments, TrainArguments, train
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -39,15 +40,24 @@ class Stage:
         arguments: Flat dataclasses whose fields are its flags.
         help: One line.
         example: A line to copy.
+        words: The flag whose values the words right behind the stage's name are, too.
     """
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
     help: str
     example: str
+    words: str | None = None
 
 
 STAGES = {
+    "reproduce": Stage(
+        reproduce,
+        (ReproduceArguments,),
+        "the paper's experiments by name, on SmolLM2",
+        "seal-peft reproduce lines needle --output_dir results",
+        words="parts",
+    ),
     "demo": Stage(
         demo,
         (DemoArguments,),
@@ -131,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage = STAGES[argv[0]]
     parser = _stage_parser(argv[0], stage)
     try:
-        arguments = parse_stage(parser, argv[1:])
+        arguments = parse_stage(parser, argv[1:], stage.words)
     except (ValueError, TypeError) as error:
         parser.error(_one_line(error))
     try:
@@ -147,16 +157,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     return OK
 
 
-def parse_stage(parser: HfArgumentParser, argv: list[str]) -> tuple[Any, ...]:
+def parse_stage(parser: HfArgumentParser, argv: list[str], words: str | None = None) -> tuple[Any, ...]:
     """Turn flags, the YAML file of `--config` and the recipe into dataclasses; flags win over file over recipe.
 
     Args:
         parser: The parser of one stage.
         argv: The words after the stage's name.
+        words: The flag that those of them stand for that come before any flag.
 
     Raises:
         ValueError: The file is not a flat mapping of known flags, or the recipe is not known.
     """
+    if words and argv and not argv[0].startswith("-"):
+        argv = [f"--{words}", *argv]
     early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early_parser.add_argument("--config")
     early_parser.add_argument("--recipe", default=parser.get_default("recipe"))

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,18 +21,25 @@ _NO_SETTINGS = {"train_file", "output_dir", "overwrite_output_dir", "resume_from
 _NO_SETTINGS |= {"disable_tqdm", "report_to", "local_rank", "memory"}
 
 
-def settings_of(arguments: dict[str, Any], training_arguments: TrainingArguments) -> dict[str, Any]:
+def settings_of(
+    arguments: dict[str, Any], training_arguments: TrainingArguments, config: PeftConfig | None = None
+) -> dict[str, Any]:
     """Return everything that decides the weights, in JSON values.
 
     Args:
         arguments: Flags of the stage by name.
         training_arguments: Those of the Trainer.
+        config: Adapter, where the flags do not say it all.
     """
     settings = {
         "train_file's bytes": hashlib.sha256(Path(arguments["train_file"]).read_bytes()).hexdigest(),
         **arguments,
         **training_arguments.to_dict(),
     }
+    if config is not None:
+        # The order of a set is another one in every process.
+        fields = config.to_dict().items()
+        settings["config"] = {name: sorted(value) if isinstance(value, set) else value for name, value in fields}
     for name in _NO_SETTINGS:
         settings.pop(name, None)
     return json.loads(json.dumps(settings, default=str))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import transformers
 from packaging.version import Version
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 from .card import write_card
@@ -28,7 +28,7 @@ from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
 from .tokens import AnswerCollator
-from .tuner import SealConfig, hotswap_adapter, save_adapter, scales
+from .tuner import SealConfig, hotswap_adapter, save_adapter
 from .tuner.config import Granularity, check_sites
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
@@ -139,8 +139,10 @@ class SealTrainingArguments(TrainingArguments):
             self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
 
 
-def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) -> Path:
-    """Train one SEAL adapter.
+def train(
+    arguments: TrainArguments, training_arguments: SealTrainingArguments, config: PeftConfig | None = None
+) -> Path:
+    """Train one adapter.
 
     Writes the adapter folder (`adapter_config.json`, `adapter_model.safetensors`, the card `README.md`) and, last of
     all, `run.json` with every setting, the loss curve, seconds, tokens and peak memory.
@@ -152,6 +154,8 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     Args:
         arguments: Model, data and scales.
         training_arguments: Optimiser, schedule, batch size, output folder.
+        config: Adapter of another PEFT method, to be trained in the same way; `None` for the SEAL adapter that
+            `arguments` describe. Such a folder gets the card that PEFT writes.
 
     Returns:
         The adapter folder.
@@ -167,18 +171,10 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
             "give one of them."
         )
     samples = read_samples(arguments.train_file)
-    config = SealConfig(
-        task_type="CAUSAL_LM",
-        granularity=arguments.granularity if "output" in arguments.sites else "head",
-        sites=check_sites(arguments.sites),
-        target_heads=arguments.target_heads,
-        layers_to_transform=arguments.layers_to_transform,
-        rope_parameters=_from_json("rope_parameters", arguments.rope_parameters),
-        self_extend=_from_json("self_extend", arguments.self_extend),
-    )
+    other, config = config, config or _config(arguments)
     pick_dtype(arguments.dtype)
     output_dir = Path(training_arguments.output_dir)
-    settings = settings_of(asdict(arguments), training_arguments)
+    settings = settings_of(asdict(arguments), training_arguments, other)
     checkpoint = training_arguments.resume_from_checkpoint or find_checkpoint(
         output_dir, settings, arguments.overwrite_output_dir
     )
@@ -213,9 +209,11 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     trainer.train(resume_from_checkpoint=checkpoint)
     if not trainer.is_world_process_zero():
         return output_dir
-    if not all(scale.isfinite().all() for scale in scales(model).values()):
+    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
         start_afresh(output_dir, settings)  # no checkpoint of it is worth going on from
-        raise ValueError("Training diverged: the scales are not finite, and nothing was saved. Lower --learning_rate.")
+        raise ValueError(
+            "Training diverged: its weights are not finite, and nothing was saved. Lower --learning_rate."
+        )
     save_adapter(model, output_dir)
     record = {
         "arguments": asdict(arguments),
@@ -231,10 +229,23 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         **_record(trainer),
         "prompt_hashes": [prompt_hash(sample) for sample in samples],  # `evaluate` refuses to score on these
     }
-    write_card(output_dir, record)
+    if other is None:
+        write_card(output_dir, record)
     write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
+
+
+def _config(arguments: TrainArguments) -> SealConfig:
+    return SealConfig(
+        task_type="CAUSAL_LM",
+        granularity=arguments.granularity if "output" in arguments.sites else "head",
+        sites=check_sites(arguments.sites),
+        target_heads=arguments.target_heads,
+        layers_to_transform=arguments.layers_to_transform,
+        rope_parameters=_from_json("rope_parameters", arguments.rope_parameters),
+        self_extend=_from_json("self_extend", arguments.self_extend),
+    )
 
 
 def _apply_memory(trainer: Trainer, policy: Policy | None, tokens: int) -> str | None:

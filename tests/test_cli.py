@@ -20,7 +20,7 @@ TRAIN = ["--model_name_or_path", "model", "--train_file", "train.jsonl", "--outp
 
 
 def parse(stage: str, *words: str) -> tuple[Any, ...]:
-    return cli.parse_stage(cli._stage_parser(stage, cli.STAGES[stage]), list(words))
+    return cli.parse_stage(cli._stage_parser(stage, cli.STAGES[stage]), list(words), cli.STAGES[stage].words)
 
 
 # --- help ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The code in README and docs runs as it stands, on a tiny model in place of a real one, pages in an empty folder.
 
-Python blocks run in order and share their names. Of shell blocks every `seal-peft` line runs, with less data and fewer
+Python blocks run in order and share their names. Of shell blocks `seal-peft` lines run, with less data and fewer
 steps; `NOT_RUN` says why the others do not.
 """
 
@@ -42,6 +42,7 @@ NOT_RUN = {
     "curl ": "tests/test_serving.py",
     "python llama_cpp_python": "needs a C++ build of 25 minutes; results/serving-cpu.json",
     "python -m llama_cpp.server": "needs a C++ build of 25 minutes; results/serving-cpu.json",
+    "seal-peft reproduce": "minutes at any size; tests/test_reproduce.py",
     "vllm ": "docs/serving.md says that it has not been run",
     "python -m sglang": "docs/serving.md says that it has not been run",
 }
@@ -135,7 +136,7 @@ def run(page: str, names: dict, folder: Path) -> dict:
         if kind == "python" and not ("from trl" in code and importlib.util.find_spec("trl") is None):
             exec(compile(code, page, "exec"), defined)
         for line in code.splitlines() if kind == "bash" else []:
-            if line.startswith("seal-peft"):
+            if line.startswith("seal-peft") and not line.startswith(tuple(NOT_RUN)):
                 run_shell(line, folder / "my" / "model")
     return defined
 

@@ -85,7 +85,7 @@ def test_data_knows_tasks_but_no_method():
 
 @pytest.mark.parametrize("stage", ["train", "evaluate", "heads"])
 def test_stages_hand_each_other_files_not_objects(stage):
-    others = {"train", "evaluate", "heads", "report", "hub", "cli", "demo", "merge"} - {stage}
+    others = {"train", "evaluate", "heads", "report", "hub", "cli", "demo", "merge", "reproduce"} - {stage}
     for module in modules_of(stage):
         assert not {room(name) for name in ours(module)} & others, module
 

@@ -1,0 +1,472 @@
+"""Time to accuracy on line retrieval at 8K tokens with SmolLM2: recipes and methods, and what each knob is worth.
+
+The paper's recipe (one question a context, all at full length, constant learning rate, one context a step) against
+ours, and under ours SEAL-H and SEAL-C, each also with temperatures, IA3, LoRA and DoRA. Every system gets a search
+over as many learning rates, on a third of the training data. The rate with the lowest loss on validation samples is
+trained with all seeds. Adapters are saved at several points of the training, with the clock stopped, and answer 200
+held-out samples; the last one also answers them in another wording. `knobs` changes one setting of our recipe at a
+time, for SEAL-C.
+
+Several processes share a GPU, so their seconds are not those of a training: `timing` trains each system once more,
+alone on its GPU and shorter, and the seconds to an accuracy are the tokens to it times seconds per token there.
+
+    python benchmarks/time_to_accuracy.py data --work runs/tta                # needs the tokenizer only
+    python benchmarks/time_to_accuracy.py run --phases timing search final knobs --work runs/tta --workers 8
+    python benchmarks/time_to_accuracy.py merge --work runs/tta --output results/time-to-accuracy.json
+    python benchmarks/time_to_accuracy.py all --size tiny --work runs/tta-tiny  # a trial on a CPU
+
+`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does all three.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from jobs import Part, claimed, interval_over_seeds, make_lines, mean_loss, score_answers, spread
+from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from seal_peft import SealConfig
+from seal_peft.data import read_samples
+from seal_peft.files import write_json
+from seal_peft.loading import load_model, load_tokenizer, unload_adapter
+from seal_peft.provenance import provenance
+from seal_peft.report import markdown_table
+from seal_peft.tasks import Sample
+from seal_peft.tokens import AnswerCollator, encode_training
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+SCALE_RATES, LORA_RATES = (1e-2, 2e-2, 4e-2), (5e-4, 1e-3, 2e-3)
+METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any], tuple[float, ...]]] = {
+    "seal-h": (SealConfig, {}, SCALE_RATES),
+    "seal-c": (SealConfig, {"granularity": "channel"}, SCALE_RATES),
+    "seal-h+query": (SealConfig, {"sites": ("output", "query")}, SCALE_RATES),
+    "seal-c+query": (SealConfig, {"sites": ("output", "query"), "granularity": "channel"}, SCALE_RATES),
+    "ia3": (IA3Config, {"target_modules": ["o_proj"], "feedforward_modules": ["o_proj"]}, SCALE_RATES),
+    "lora": (LoraConfig, {"r": 4, "target_modules": PROJECTIONS}, LORA_RATES),
+    "dora": (LoraConfig, {"r": 4, "use_dora": True, "target_modules": PROJECTIONS}, LORA_RATES),
+}
+REACHED = (0.90, 0.95)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one system is trained.
+
+    Attributes:
+        method: A key of `METHODS`.
+        data: Name of the file of samples, without its seed.
+        share: Share of these samples that is used.
+        questions: Questions about each context.
+        batch: Contexts for each optimiser step.
+        schedule: Learning rate schedule, as transformers names it.
+        warmup: Steps of warm-up.
+        clip: Norm that gradients are clipped to; 0 does not clip.
+        max_length: Greatest length in tokens that is used.
+    """
+
+    method: str
+    data: str = "mixed"
+    share: float = 1.0
+    questions: int = 8
+    batch: int = 4
+    schedule: str = "cosine"
+    warmup: int = 10
+    clip: float = 1.0
+    max_length: int | None = None
+
+
+PAPER = Recipe("seal-c", "full", questions=1, batch=1, schedule="constant", warmup=0, clip=0.0)
+SYSTEMS = {"paper": PAPER, **{method: Recipe(method) for method in METHODS}}
+OURS = SYSTEMS["seal-c"]
+KNOBS = {
+    "1 question": replace(OURS, questions=1),
+    "2 questions": replace(OURS, questions=2),
+    "4 questions": replace(OURS, questions=4),
+    "full length only": replace(OURS, data="long"),
+    "up to half the length": replace(OURS, max_length=4096),
+    "constant rate": replace(OURS, schedule="constant"),
+    "linear decay": replace(OURS, schedule="linear"),
+    "1 context a step": replace(OURS, batch=1),
+    "2 contexts a step": replace(OURS, batch=2),
+    "8 contexts a step": replace(OURS, batch=8),
+    "no clipping": replace(OURS, clip=0.0),
+    "half of the contexts": replace(OURS, share=0.5),
+    "quarter of the contexts": replace(OURS, share=0.25),
+}
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much there is of everything.
+
+    Attributes:
+        lengths: Training lengths in tokens; the last one is tested.
+        contexts: Training contexts of each.
+        full: Contexts of the paper's recipe, all at the last length.
+        long: Contexts of the knob with the last length only: about as many tokens as ours.
+        valid: Validation contexts.
+        seeds: Seeds of data and training.
+    """
+
+    lengths: tuple[int, ...]
+    contexts: int
+    full: int
+    long: int
+    valid: int
+    seeds: int
+
+
+SIZES = {
+    "full": Size((1024, 2048, 4096, 6144, 8192), 120, 600, 315, 24, 3),
+    "tiny": Size((768, 1024), 4, 6, 6, 2, 1),
+}
+
+
+class Clock(TrainerCallback):
+    """Saves the adapter at some steps, and notes the seconds of training and the tokens until then."""
+
+    def __init__(self, model: Any, folder: Path, points: int) -> None:
+        self.model, self.folder, self.count = model, folder, points
+        self.points: list[dict[str, Any]] = []
+        self.seconds, self.started = 0.0, 0.0
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Choose the steps and start the clock."""
+        self.steps = {max(1, round(state.max_steps * (i + 1) / self.count)) for i in range(self.count)}
+        self.started = now()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop the clock, save, and start it again."""
+        if state.global_step not in self.steps:
+            return
+        self.seconds += now() - self.started
+        point = {"step": state.global_step, "tokens": state.num_input_tokens_seen, "seconds_shared": self.seconds}
+        self.points.append(point)
+        self.model.save_pretrained(str(self.folder / f"step-{state.global_step}"))
+        self.started = now()
+
+
+def now() -> float:
+    """Seconds, after all that the GPU was given to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def first_questions(sample: Sample, count: int) -> Sample:
+    """Return a sample with its first questions only."""
+    if sample.meta["questions"] <= count:
+        return sample
+    turns = sample.messages[: 2 * count]
+    return replace(sample, messages=turns[:-1], target=turns[-1]["content"])
+
+
+def reworded(sample: Sample) -> Sample:
+    """Return a sample of line retrieval with the same keys and numbers in another wording."""
+    (turn,) = sample.messages
+    _, register, question = turn["content"].split("\n\n")
+    lines, count = re.subn(r"line (\S+): REGISTER_CONTENT is <(\d+)>", r"\1 has the value \2", register)
+    (key,) = re.findall(r"in line (\S+)\?", question)
+    if count != register.count("\n") + 1:
+        raise ValueError(f"{sample.id}: {count} lines were found, the register has {register.count(chr(10)) + 1}.")
+    content = f"Items and their values:\n\n{lines}\n\nWhat is the value of {key}? Answer with the number."
+    return replace(sample, id=f"{sample.id}-reworded", messages=[{"role": "user", "content": content}])
+
+
+# -- one job ----------------------------------------------------------------------------------------------------------
+
+
+class Bench:
+    """The benchmark in its work folder. A job is (phase, system, learning rate, seed)."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options, self.size, self.folder = options, SIZES[options.size], Path(options.work)
+        self.systems = {name: SYSTEMS[name] for name in options.systems}
+        self.tokenizer = load_tokenizer(options.model)
+
+    def data(self) -> None:
+        """Make all files of samples."""
+        size, longest, questions = self.size, self.size.lengths[-1], OURS.questions
+        files = {"long-0": _parts(longest, size.long, questions, 300)}
+        for seed in range(size.seeds):
+            mixed = [part for length in size.lengths for part in _parts(length, size.contexts, questions, seed)]
+            files |= {f"mixed-{seed}": mixed, f"full-{seed}": _parts(longest, size.full, 1, seed)}
+        files["valid"] = [(longest, size.valid, 1, 100_000)]
+        files["test"] = _parts(longest, self.options.num_samples, 1, 0)
+        make_lines(self.options.model, self.folder, files)
+
+    def samples(self, name: str) -> list[Sample]:
+        """Read a file of samples."""
+        return read_samples(self.folder / f"{name}.jsonl")
+
+    def rows(self, samples: list[Sample]) -> list[dict[str, list[int]]]:
+        """Tokens and labels of samples."""
+        return [encode_training(sample, self.tokenizer) for sample in samples]
+
+    def train(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
+        """Train one adapter, unless it is there; return what it cost, point by point."""
+        output = self.folder / phase / f"{system}-{rate:g}-{seed}"
+        if (output / "run.json").is_file():
+            return json.loads((output / "run.json").read_text())
+        torch.manual_seed(seed)
+        recipe = (KNOBS if phase == "knobs" else SYSTEMS)[system]
+        kind, settings, _ = METHODS[recipe.method]
+        base = load_model(self.options.model)
+        base.config.use_cache = False
+        model = get_peft_model(base, kind(**settings, task_type="CAUSAL_LM"))
+        rows = self.rows(self._training_samples(phase, recipe, seed))
+        collator = AnswerCollator(self.tokenizer.pad_token_id)
+        clock = Clock(model, output, self.options.points)
+        trainer = Trainer(model, _arguments(output, recipe, rate, seed), collator, rows, callbacks=[clock])
+        trainer.train()
+        run = {
+            "points": clock.points,
+            "contexts": len(rows),
+            "parameters": model.get_nb_trainable_parameters()[0],
+            "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "valid_loss": mean_loss(model.eval(), self.rows(self.samples("valid")), collator),
+            "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
+        }
+        write_json(output / "run.json", run)
+        return run
+
+    def _training_samples(self, phase: str, recipe: Recipe, seed: int) -> list[Sample]:
+        """The samples of a recipe; of shortened trainings the same share of every length."""
+        share = recipe.share * {"search": 1 / 3, "timing": 1 / 6}.get(phase, 1)
+        limit = recipe.max_length or self.size.lengths[-1]
+        by_length: dict[int, list[Sample]] = {}
+        for sample in self.samples(f"{recipe.data}-{seed}"):
+            by_length.setdefault(sample.length, []).append(first_questions(sample, recipe.questions))
+        return [
+            sample
+            for length, own in by_length.items()
+            if length <= limit
+            for sample in own[: max(1, round(share * len(own)))]
+        ]
+
+    def test(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
+        """Let the adapter of each point answer, up to the first that reaches the highest accuracy, and the last."""
+        folder = self.folder / phase / f"{system}-{rate:g}-{seed}"
+        path = folder / "scores.json"
+        known = json.loads(path.read_text()) if path.is_file() else {}
+        samples = self.samples("test")
+        steps = [point["step"] for point in self.train(phase, system, rate, seed)["points"]]
+        model: Any = None
+        for name in [*map(str, steps), "reworded"]:
+            done = any(sum(own) >= max(REACHED) * len(own) for key, own in known.items() if key != "reworded")
+            if name in known or (done and name not in (str(steps[-1]), "reworded")):
+                continue
+            model = model or load_model(self.options.model).eval()
+            step = steps[-1] if name == "reworded" else name
+            worn = PeftModel.from_pretrained(model, folder / f"step-{step}").eval()
+            asked = list(map(reworded, samples)) if name == "reworded" else samples
+            known[name] = score_answers(worn, self.tokenizer, asked, self.options.batch_size)
+            model = unload_adapter(worn)
+            write_json(path, known)
+        return known
+
+    def base(self) -> dict[str, Any]:
+        """Let the base model answer both wordings."""
+        path = self.folder / "base.json"
+        if not path.is_file():
+            model, samples = load_model(self.options.model).eval(), self.samples("test")
+            asked = {"original": samples, "reworded": list(map(reworded, samples))}
+            scores = {k: score_answers(model, self.tokenizer, v, self.options.batch_size) for k, v in asked.items()}
+            write_json(path, scores)
+        return json.loads(path.read_text())
+
+    # -- all of them --------------------------------------------------------------------------------------------------
+
+    def jobs(self, phase: str) -> list[tuple[str, str, float, int]]:
+        """All jobs of a phase, the longest first."""
+        if phase == "search":
+            rates = [(name, rate) for name, recipe in self.systems.items() for rate in METHODS[recipe.method][2]]
+            return [(phase, name, rate, 0) for name, rate in rates]
+        if phase == "timing":
+            return [(phase, name, METHODS[recipe.method][2][0], 0) for name, recipe in self.systems.items()]
+        if phase == "knobs":
+            return [(phase, name, self.best("seal-c"), 0) for name in KNOBS]
+        return [(phase, name, self.best(name), seed) for name in self.systems for seed in range(self.size.seeds)]
+
+    def finished(self, job: tuple[str, str, float, int]) -> bool:
+        """Tell whether all files of a job are there."""
+        phase, system, rate, seed = job
+        folder = self.folder / phase / f"{system}-{rate:g}-{seed}"
+        scores = folder / "scores.json"
+        tested = phase in ("search", "timing") or (scores.is_file() and "reworded" in json.loads(scores.read_text()))
+        return tested and (folder / "run.json").is_file()
+
+    def best(self, system: str) -> float:
+        """Learning rate with the lowest validation loss in the search."""
+        rates = METHODS[SYSTEMS[system].method][2]
+        return min(rates, key=lambda rate: self.train("search", system, rate, 0)["valid_loss"])
+
+    def work(self, phase: str) -> None:
+        """Do a share of the jobs of one phase."""
+        torch.set_num_threads(1)
+        for job in claimed(self.folder, [job for job in self.jobs(phase) if not self.finished(job)]):
+            if time.time() > self.options.until:
+                return
+            self.train(*job)
+            if phase in ("final", "knobs"):
+                self.test(*job)
+            print(*job, flush=True)
+
+    def run(self) -> None:
+        """Do the phases in worker processes; stop where the time is up."""
+        until = time.time() + 60 * self.options.minutes
+        gpus = max(1, torch.cuda.device_count())
+        shared = ["--model", self.options.model, "--work", self.options.work, "--size", self.options.size]
+        shared += ["--points", str(self.options.points), "--batch_size", str(self.options.batch_size)]
+        shared += ["--systems", *self.systems]
+        for phase in self.options.phases:
+            if any(not self.finished(job) for job in self.jobs(phase)):
+                workers = gpus if phase == "timing" else self.options.workers
+                spread(self.folder, [__file__, "work", "--phases", phase, "--until", str(until), *shared], workers)
+            if left := [job for job in self.jobs(phase) if not self.finished(job)]:
+                sys.exit(f"{phase}: {len(left)} jobs are left; call this again to go on.")
+
+    def summary(self) -> dict[str, Any]:
+        """Everything that was found."""
+        finals: dict[str, Any] = {}
+        for phase, system, rate, seed in self.jobs("final"):
+            timed = self.train("timing", system, METHODS[SYSTEMS[system].method][2][0], 0)["points"]
+            seconds_per_token = _difference(timed, "seconds_shared") / _difference(timed, "tokens")
+            entry = finals.setdefault(system, {"rate": rate, "seconds_per_token": seconds_per_token, "runs": []})
+            entry["runs"].append({"seed": seed, **self._outcome(phase, system, rate, seed, seconds_per_token)})
+        for system, entry in finals.items():
+            runs, rates = entry["runs"], METHODS[SYSTEMS[system].method][2]
+            entry["recipe"], entry["parameters"] = asdict(SYSTEMS[system]), runs[0]["parameters"]
+            entry["search"] = {f"{rate:g}": self.train("search", system, rate, 0)["valid_loss"] for rate in rates}
+            for name in ("last", "reworded"):
+                entry[name] = interval_over_seeds([run.pop(f"{name}_scores") for run in runs])
+            for target in map(str, REACHED):
+                reached = [run["to"][target] for run in runs]
+                # A median only where most seeds get there; those that do not count as later than all others.
+                later = [point["seconds"] if point else float("inf") for point in reached]
+                tokens = [point["tokens"] if point else float("inf") for point in reached]
+                entry[f"to {target}"] = {
+                    "reached": sum(point is not None for point in reached),
+                    "seconds": _finite(median(later)),
+                    "tokens": _finite(median(tokens)),
+                }
+        knobs = {}
+        if "seal-c" in self.systems and all(map(self.finished, self.jobs("knobs"))):
+            for phase, knob, rate, seed in self.jobs("knobs"):
+                outcome = self._outcome(phase, knob, rate, seed, finals["seal-c"]["seconds_per_token"])
+                for name in ("last", "reworded"):
+                    outcome[name] = interval_over_seeds([outcome.pop(f"{name}_scores")])
+                knobs[knob] = {"recipe": asdict(KNOBS[knob]), "rate": rate, **outcome}
+        base = {name: interval_over_seeds([own]) for name, own in self.base().items()}
+        return {"size": asdict(self.size), "base": base, "systems": finals, "knobs": knobs}
+
+    def _outcome(self, phase: str, system: str, rate: float, seed: int, seconds_per_token: float) -> dict[str, Any]:
+        """One training with the accuracy at its points, and where it first reached the accuracies that count."""
+        run, scores = self.train(phase, system, rate, seed), self.test(phase, system, rate, seed)
+        points = []
+        for point in run["points"]:
+            own = scores.get(str(point["step"]))
+            accuracy = None if own is None else sum(own) / len(own)
+            points.append({**point, "seconds": point["tokens"] * seconds_per_token, "accuracy": accuracy})
+        to = {str(t): next((p for p in points if (p["accuracy"] or 0) >= t), None) for t in REACHED}
+        ends = {"last_scores": scores[str(points[-1]["step"])], "reworded_scores": scores["reworded"]}
+        return {**run, "points": points, "to": to, **ends}
+
+
+def _parts(length: int, contexts: int, questions: int, seed: int, at_once: int = 50) -> list[Part]:
+    """Split a number of contexts, so that many processes have something to make."""
+    starts = range(0, contexts, at_once)
+    return [(length, min(at_once, contexts - start), questions, 1000 * seed + start) for start in starts]
+
+
+def _arguments(output: Path, recipe: Recipe, rate: float, seed: int) -> TrainingArguments:
+    return TrainingArguments(
+        str(output),
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=recipe.batch,
+        num_train_epochs=1,
+        learning_rate=rate,
+        lr_scheduler_type=recipe.schedule,
+        warmup_steps=recipe.warmup,
+        max_grad_norm=recipe.clip,
+        include_num_input_tokens_seen="all",
+        logging_steps=10,
+        save_strategy="no",
+        report_to="none",
+        seed=seed,
+        dataloader_pin_memory=False,
+        disable_tqdm=True,
+    )
+
+
+def _difference(points: list[dict[str, Any]], name: str) -> float:
+    """From the first point, when everything is warm, to the last."""
+    return points[-1][name] - (points[0][name] if len(points) > 1 else 0)
+
+
+def _finite(value: float) -> float | None:
+    return value if value != float("inf") else None
+
+
+def table(systems: dict[str, Any]) -> str:
+    """Systems by what they cost and reach."""
+    rows = [["system", "parameters", "rate", *(f"to {t:.2f}" for t in REACHED), "last", "reworded"]]
+    for name, entry in systems.items():
+        to = [entry[f"to {target}"] for target in REACHED]
+        times = [f"{own['seconds']:.0f} s" if own["seconds"] is not None else "not reached" for own in to]
+        ends = [f"{entry[end]['mean']:.3f}" for end in ("last", "reworded")]
+        rows.append([name, f"{entry['parameters']:,}", f"{entry['rate']:g}", *times, *ends])
+    return markdown_table(rows)
+
+
+def merge(bench: Bench) -> None:
+    """Write the results file."""
+    missing = [job for phase in ("timing", "search", "final") for job in bench.jobs(phase) if not bench.finished(job)]
+    if missing:
+        sys.exit(f"{len(missing)} jobs are left, {missing[0]} first: use `run`.")
+    result = bench.summary()
+    write_json(bench.options.output, {"task": "lines", **result, **provenance()})
+    print(f"{table(result['systems'])}\nwritten to {bench.options.output}")
+
+
+def main() -> None:
+    """Read the command line and run one verb."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("verb", choices=["data", "run", "merge", "all", "work"])
+    phases = ["timing", "search", "final", "knobs"]
+    parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="knobs need seal-c")
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--work", default="runs/tta")
+    parser.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy.json"))
+    parser.add_argument("--num_samples", type=int, default=200, help="test samples")
+    parser.add_argument("--points", type=int, default=6, help="points of each training at which it is tested")
+    parser.add_argument("--batch_size", type=int, default=20, help="prompts that are answered together")
+    parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")
+    parser.add_argument("--minutes", type=float, default=5.0, help="begin no job later than this")
+    parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    bench = Bench(options)
+    if options.verb == "work":
+        bench.work(options.phases[0])
+    if options.verb in ("data", "all"):
+        bench.data()
+    if options.verb in ("run", "all"):
+        bench.run()
+    if options.verb in ("merge", "all"):
+        merge(bench)
+
+
+if __name__ == "__main__":
+    main()

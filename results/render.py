@@ -1,0 +1,130 @@
+"""Write the figures of README.md and docs/ from the files in results/, or check that they are what the files say.
+
+A figure stands between a comment with a Jinja template over one results file, and a comment that ends it:
+
+    It took <!-- results/demo-cpu.json: {{ training_seconds | fixed }} s -->255 s<!-- end --> to train.
+
+A template of one line is a piece of a sentence; one of several lines is a block, such as a table. Names are those of
+the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`, and
+`report` is `seal_peft.report`, which makes tables of metrics. Where a file is not there yet, the page says so. In the
+pages of `STRICT` nothing that looks like a measurement, a number with decimals or with a unit, stands anywhere else.
+
+    python results/render.py          # make results: write the figures into the pages
+    python results/render.py --check  # make results-check: change nothing, fail where a page says something else
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined, TemplateError
+
+from seal_peft import report
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+STRICT = ("README.md", "docs/results.md", "docs/heads.md")
+
+MARK = re.compile(r"<!-- (results/[\w.-]+\.json):(.*?)-->(.*?)<!-- end -->", re.DOTALL)
+MISSING = "Not measured yet."
+# What is no statement of ours: code, where links lead, comments, the numbers of papers.
+NOT_TEXT = re.compile(r"^```.*?^```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+", re.DOTALL | re.MULTILINE)
+UNIT = r"%|ms|s|seconds|minutes|min|[KMG]i?B|bytes|nats|points|times|tokens/s"
+# A number that is part of a name, such as the one of Llama-3.1-8B or of a version, is no figure.
+FIGURE = re.compile(rf"(?<![\w.,=<>-])[+-]?\d[\d,]*(?:(?:\.\d+)+(?:e-?\d+)?(?![\w-])|(?= ?(?:{UNIT})(?![\w/])))")
+
+
+def environment() -> Environment:
+    """Make what templates are rendered with."""
+    made = Environment(undefined=StrictUndefined, autoescape=False)
+    made.filters["fixed"] = lambda value, digits=0: f"{value:,.{digits}f}"
+    made.filters["signed"] = lambda value, digits=0: f"{value:+,.{digits}f}"
+    made.filters["interval"] = lambda value: f"({value['low']:.2f} to {value['high']:.2f})"
+    made.globals["report"] = report
+    return made
+
+
+def rendered(page: str, jinja: Environment) -> str:
+    """Return a page with its figures as the files have them.
+
+    Raises:
+        ValueError: A template or its place is wrong; the message shows the template.
+    """
+
+    def replace(mark: re.Match[str]) -> str:
+        file, template, _ = mark.groups()
+        block = "\n" in template
+        before = page[: mark.start()].rpartition("\n")[2].strip()
+        # Markdown takes a line that begins with a comment for raw HTML, to its end, and a bar in a table for a cell.
+        if not block and (not before or before.startswith("|")):
+            raise ValueError(f"A figure may not begin its line or stand in a table that is typed: {mark[0]}")
+        try:
+            text = MISSING
+            if (ROOT / file).is_file():
+                data = json.loads((ROOT / file).read_text(encoding="utf-8"))
+                text = jinja.from_string(template).render(data, data=data).strip()
+        except (TemplateError, TypeError, ValueError) as error:
+            raise ValueError(f"{file}: {error}: {template.strip()}") from error
+        return f"<!-- {file}:{template}-->" + (f"\n\n{text}\n\n" if block else text) + "<!-- end -->"
+
+    return MARK.sub(replace, page)
+
+
+def unmarked(page: str) -> Iterator[tuple[int, str]]:
+    """Yield line number and text of everything that looks like a measurement and comes from no file."""
+
+    def blank(match: re.Match[str]) -> str:
+        return re.sub(r"[^\n]", " ", match[0])
+
+    for number, line in enumerate(NOT_TEXT.sub(blank, MARK.sub(blank, page)).splitlines(), start=1):
+        for figure in FIGURE.finditer(line):
+            yield number, line[figure.start() : figure.end() + 8].strip()
+
+
+def problems(name: str, page: str, jinja: Environment) -> list[str]:
+    """Say what in a page is not what the files have."""
+    try:
+        right = rendered(page, jinja)
+    except ValueError as error:
+        return [f"{name}: {error}"]
+    found = [
+        f"{name}: {mark[1]} has {expected[3].strip()!r}, the page has {mark[3].strip()!r}"
+        for mark, expected in zip(MARK.finditer(page), MARK.finditer(right), strict=True)
+        if mark[0] != expected[0]
+    ]
+    if name in STRICT:
+        found += [f"{name}, line {number}: {text!r} comes from no file in results/" for number, text in unmarked(page)]
+    return found
+
+
+def main() -> None:
+    """Write or check all pages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing")
+    options = parser.parse_args()
+    jinja = environment()
+    found, files = [], []
+    for path in PAGES:
+        page = path.read_text(encoding="utf-8")
+        if not options.check:
+            page = rendered(page, jinja)
+            path.write_text(page, encoding="utf-8")
+        found += problems(path.relative_to(ROOT).as_posix(), page, jinja)
+        files += [mark[1] for mark in MARK.finditer(page)]
+    if found:
+        sys.exit("\n".join(found))
+    missing = sorted({file for file in files if not (ROOT / file).is_file()})
+    print(
+        f"{len(files)} figures and tables are what results/ has.",
+        *(f"Not there yet: {file}" for file in missing),
+        sep="\n",
+    )
+
+
+if __name__ == "__main__":
+    main()

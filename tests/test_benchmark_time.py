@@ -1,0 +1,92 @@
+"""Time to accuracy, on a tiny model: every job once, what it writes is what happened, and nothing is done twice."""
+
+import argparse
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from seal_peft.data import read_samples
+from stages import save_model
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+POINTS, SYSTEMS = 2, ["seal-c"]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory):
+    """The benchmark after all phases of one system, in this process."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        import time_to_accuracy as script
+
+        folder = tmp_path_factory.mktemp("tta")
+        options = {"model": str(save_model(folder / "model")), "work": str(folder / "work"), "size": "tiny"}
+        numbers = {"num_samples": 2, "points": POINTS, "batch_size": 2, "until": float("inf")}
+        patch.setitem(script.METHODS, "seal-c", (*script.METHODS["seal-c"][:2], (0.1, 0.2)))
+        script.SIZES["tiny"] = replace(script.SIZES["tiny"], contexts=2, full=2, long=1)
+        made = script.Bench(argparse.Namespace(**options, **numbers, systems=SYSTEMS, output=folder / "out.json"))
+        made.data()
+        for phase in ("timing", "search", "final"):
+            made.work(phase)
+        script.merge(made)
+        yield script, made
+
+
+def test_tokens_and_points_are_those_of_the_training(bench):
+    script, made = bench
+    result = json.loads(made.options.output.read_text())
+    rows = made.rows([script.first_questions(sample, 8) for sample in made.samples("mixed-0")])
+    assert list(result["systems"]) == SYSTEMS
+    for entry in result["systems"].values():
+        (run,) = entry["runs"]
+        assert [point["tokens"] for point in run["points"]][-1] == sum(len(row["input_ids"]) for row in rows)
+        assert len(run["points"]) == 1  # 4 contexts of 4 a step
+        assert run["points"][0]["seconds"] == run["points"][0]["tokens"] * entry["seconds_per_token"]
+        assert entry["rate"] == float(min(entry["search"], key=lambda rate: entry["search"][rate]))
+        assert len(entry["search"]) == 2
+    assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
+
+
+def test_an_accuracy_counts_from_the_first_point_that_reaches_it(bench, monkeypatch):
+    script, made = bench
+    points = [{"step": n, "tokens": 100 * n, "seconds_shared": 1.0} for n in (1, 2, 3)]
+    monkeypatch.setattr(made, "train", lambda *job: {"points": points})
+    scores = {"1": [1.0] * 8 + [0.0] * 2, "2": [1.0] * 9 + [0.0], "3": [1.0] * 10, "reworded": [0.0] * 10}
+    monkeypatch.setattr(made, "test", lambda *job: scores)
+    outcome = made._outcome("final", "seal-c", 0.01, 0, seconds_per_token=0.5)
+    assert outcome["to"]["0.9"]["seconds"] == 100.0
+    assert outcome["to"]["0.95"]["tokens"] == 300
+    scores["3"] = scores["1"]
+    assert made._outcome("final", "seal-c", 0.01, 0, seconds_per_token=0.5)["to"]["0.95"] is None
+
+
+def test_a_second_call_finds_everything_done(bench, monkeypatch):
+    script, made = bench
+    monkeypatch.setattr(script, "load_model", None)  # nothing may load one
+    for phase in ("timing", "search", "final"):
+        assert all(map(made.finished, made.jobs(phase)))
+        made.work(phase)
+    assert not any(map(made.finished, made.jobs("knobs")))
+
+
+def test_the_other_wording_keeps_keys_and_numbers_and_nothing_else(bench):
+    script, made = bench
+    (sample, *_) = read_samples(made.folder / "test.jsonl")
+    (old,), (new,) = sample.messages, script.reworded(sample).messages
+    pairs = re.findall(r"line (\S+): REGISTER_CONTENT is <(\d+)>", old["content"])
+    assert [f"{key} has the value {value}" for key, value in pairs] == new["content"].split("\n\n")[1].splitlines()
+    assert "REGISTER" not in new["content"]
+    asked = re.search(r"What is the value of (\S+)\?", new["content"])[1]
+    assert dict(pairs)[asked] == script.reworded(sample).answers[0]
+
+
+def test_fewer_questions_are_the_first_ones_of_the_same_context(bench):
+    script, made = bench
+    (sample, *_) = made.samples("mixed-0")
+    one = script.first_questions(sample, 1)
+    assert one.messages == sample.messages[:1]
+    assert one.target == sample.messages[1]["content"]
+    assert script.first_questions(sample, 8) == sample

@@ -1,0 +1,188 @@
+"""The paper's experiments: a table of settings whose every row can be made, and one small row done from end to end."""
+
+import json
+import shutil
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from statistics import mean
+
+import pytest
+from peft import LoraConfig
+
+from seal_peft.reproduce import stage
+from seal_peft.reproduce.parts import PARTS, Data, Part, Training, shrunk
+from seal_peft.reproduce.pictures import draw_grid, draw_transfer
+from seal_peft.reproduce.share import make_all
+from seal_peft.resume import settings_of
+from seal_peft.tasks import TASKS
+from seal_peft.train import RECIPES, SealTrainingArguments, TrainArguments
+from stages import error_of, save_model, save_samples, seal
+
+DATA = Data(("lines",), (500,), 2, 2)
+MINI = Part(
+    "Two methods on a few lines.",
+    "nowhere",
+    {"seal-h": Training("seal-h", DATA, 0.5, "paper"), "lora": Training("lora", DATA, 0.5, "paper")},
+    Data(("lines",), (400, 500), 1, depths=(0.0, 1.0)),
+    seeds=2,
+)
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory):
+    """The small part, done once by the command line."""
+    folder = tmp_path_factory.mktemp("reproduce")
+    model = save_model(folder / "model")
+    words = ["reproduce", "mini", "--model_name_or_path", model, "--work_dir", folder / "work"]
+    words += ["--output_dir", folder / "out"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(stage.PARTS, "mini", MINI)
+        assert seal(*words) == 0
+        yield folder, words
+
+
+def result_of(folder: Path):
+    return json.loads((folder / "out" / "reproduce-mini.json").read_text())
+
+
+def test_the_results_are_means_over_seeds_with_what_it_took(done) -> None:
+    folder, _ = done
+    result = result_of(folder)
+    assert list(result["systems"]) == ["base", "seal-h", "lora"]
+    for name, own in result["systems"].items():
+        seeds = [value["accuracy"] for key, value in result["seeds"].items() if key.partition("@")[0] == name]
+        assert len(seeds) == (1 if name == "base" else 2)
+        assert own["accuracy"] == pytest.approx(mean(seeds))
+        assert own["n"] == 4
+    counts = {(cell["length"], cell["depth"]): cell["n"] for cell in result["cells"]}
+    assert counts == {(n, depth): 2 if depth is None else 1 for n in (400, 500) for depth in (None, 0.0, 1.0)}
+    assert result["trainings"]["seal-h"]["trainable_parameters"] == 8
+    assert result["settings"]["test"]["lengths"] == [400, 500]
+    assert result["versions"]["peft"]
+    assert result["command"]
+    assert str(folder) not in json.dumps({name: result[name] for name in ("arguments", "settings", "trainings")})
+    assert (folder / "out" / "reproduce-mini" / "lines-lengths.png").is_file()
+
+
+def test_each_seed_and_method_is_an_adapter_of_its_own(done) -> None:
+    folder, _ = done
+    configs = [
+        json.loads(path.read_text()) for path in sorted((folder / "work/adapters").glob("*/adapter_config.json"))
+    ]
+    assert [config["peft_type"] for config in configs] == ["LORA", "LORA", "SEAL", "SEAL"]
+    assert {config["r"] for config in configs[:2]} == {4}
+    seeds = [path.read_bytes() for path in (folder / "work/adapters").glob("*/adapter_model.safetensors")]
+    assert len(set(seeds)) == 4
+
+
+def test_a_second_call_does_only_what_is_missing(done, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, words = done
+    before = result_of(folder)
+    monkeypatch.setattr(stage, "train", None)  # nothing may be trained again
+    shutil.rmtree(folder / "out")
+    assert seal(*words) == 0
+    assert result_of(folder) == before
+    (part,) = (folder / "work/mini").iterdir()
+    shutil.rmtree(part / "lora@1")
+    shutil.rmtree(part / "result")
+    asked = []
+    answer = stage.evaluate
+    monkeypatch.setattr(stage, "evaluate", lambda arguments: asked.append(arguments.adapters) or answer(arguments))
+    assert seal(*words) == 0
+    one, all_of_them = asked
+    assert [name.partition("=")[0] for name in one] == ["lora@1"]
+    assert len(all_of_them) == 4
+    assert result_of(folder)["cells"] == before["cells"]
+
+
+def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.CaptureFixture[str]) -> None:
+    _, words = done
+    assert seal(*words, "--size", "tiny") == 1
+    assert "Choose another --work_dir." in error_of(capsys)
+    assert seal(*["reproduce", "lime"], *words[2:]) == 1
+    assert f"There is no part 'lime'. The parts: {', '.join(PARTS)}" in error_of(capsys)
+
+
+@pytest.mark.parametrize("name", [name for name in PARTS if name != "mini"])
+def test_every_row_of_the_table_names_what_there_is(name: str) -> None:
+    part = PARTS[name]
+    asked = {(task, t.data.questions) for t in part.trainings.values() for task in t.data.tasks}
+    assert {*part.test.tasks, *(task for task, _ in asked)} <= set(TASKS)
+    for task, questions in asked:
+        if questions > 1 and not task.startswith("qa"):  # its corpora take seconds to read
+            made = TASKS[task].make(seed=0, size=40, depth=0.5, split="train", questions=questions)
+            assert made.meta["questions"] == questions
+    assert {t.recipe for t in part.trainings.values()} <= set(RECIPES)
+    arguments = stage.ReproduceArguments()
+    folders = [stage._Run(name, part, arguments).adapter(t, 0).name for t in part.trainings.values()]
+    assert len(set(folders)) == len(folders)
+    assert max(shrunk(part).test.lengths) <= 2048
+
+
+def test_parts_share_the_adapters_of_lines() -> None:
+    runs = {name: stage._Run(name, PARTS[name], stage.ReproduceArguments()) for name in ("lines", "guard", "heads")}
+    paths = {name: run.adapter(PARTS[name].trainings["seal-h"], 0) for name, run in runs.items()}
+    assert len(set(paths.values())) == 1
+
+
+def test_the_matrices_hold_each_system_in_its_place(tmp_path: Path) -> None:
+    names = ["base", "0.01 x 10", "0.01 x 50", "0.02 x 10"]
+    metrics = {"systems": {name: {"accuracy": n / 10} for n, name in enumerate(names)}}
+    draw_grid(metrics, tmp_path / "grid.png")
+    grid = json.loads((tmp_path / "grid.json").read_text().replace("NaN", "null"))
+    assert (grid["learning rate"], grid["contexts"]) == (["0.01", "0.02"], ["10", "50"])
+    assert grid["mean score"] == [[0.1, 0.2], [0.3, None]]
+    cells = [("vt", 1, 0.2, None), ("vt", 2, 0.4, None), ("cwe", 1, 0.6, None), ("cwe", 1, 1.0, 0.5)]
+    keys = ("task", "length", "accuracy", "depth")
+    metrics = {
+        "systems": {"base": {}},
+        "cells": [{"system": "base", **dict(zip(keys, c, strict=True))} for c in cells],
+    }
+    draw_transfer(metrics, tmp_path / "transfer.png")
+    transfer = json.loads((tmp_path / "transfer.json").read_text())
+    assert transfer["asked"] == ["vt", "cwe"]
+    assert transfer["mean score"] == [[pytest.approx(0.3), 0.6]]
+    assert (tmp_path / "transfer.png").stat().st_size > 1000
+
+
+def test_several_at_once_make_each_file_once_and_all_wait_for_all(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("seal_peft.reproduce.share._WAIT", 0.01)
+    made: list[str] = []
+
+    def make(path: Path) -> None:
+        time.sleep(0.02)
+        made.append(path.name)
+        path.write_text("whole")
+
+    def one_of_them() -> None:
+        paths = [tmp_path / str(number) for number in range(6)]
+        make_all({path: lambda path=path: make(path) for path in paths})
+        waited.append(all(path.is_file() for path in paths))
+
+    waited: list[bool] = []
+    threads = [threading.Thread(target=one_of_them) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10)
+    assert sorted(made) == list("012345")
+    assert waited == [True] * 3
+
+
+def test_what_fails_is_free_for_the_next(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with pytest.raises(ZeroDivisionError):
+        make_all({path: lambda: 1 / 0})
+    make_all({path: lambda: path.write_text("whole")})
+    assert path.read_text() == "whole"
+
+
+def test_an_unfinished_lora_is_not_continued_with_another_rank(tmp_path: Path) -> None:
+    arguments = TrainArguments("model", str(save_samples(tmp_path / "train.jsonl", num_samples=2)))
+    settings = SealTrainingArguments(output_dir=str(tmp_path / "adapter"))
+    small = LoraConfig(r=4, target_modules=["q_proj", "o_proj"])
+    found = [settings_of(asdict(arguments), settings, config) for config in (small, replace(small, r=8), None)]
+    assert [name for name in found[0] if found[0][name] != found[1].get(name)] == ["config"]
+    assert "config" not in found[2]

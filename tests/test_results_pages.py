@@ -1,0 +1,59 @@
+"""Figures in README and docs are those of the files in results/, to the last digit."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+_spec = importlib.util.spec_from_file_location("render", ROOT / "results" / "render.py")
+assert _spec and _spec.loader
+render = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(render)
+JINJA = render.environment()
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in render.PAGES}
+
+
+def test_every_page_says_what_the_files_have():
+    assert [problem for name, text in TEXTS.items() for problem in render.problems(name, text, JINJA)] == []
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_one_changed_digit_of_a_figure_is_found(name):
+    page = TEXTS[name]
+    marks = [mark for mark in render.MARK.finditer(page) if mark[3].strip() != render.MISSING]
+    assert len(marks) >= 3
+    for mark in marks:
+        last = mark.start(3) + [digit.start() for digit in re.finditer(r"\d", mark[3])][-1]
+        changed = page[:last] + str((int(page[last]) + 1) % 10) + page[last + 1 :]
+        (problem,) = render.problems(name, changed, JINJA)
+        assert problem.startswith(f"{name}: {mark[1]} has")
+
+
+@pytest.mark.parametrize("figure", ["0.93", "+2%", "17 ms", "1,204 tokens/s", "5.8e-7", "+0.5%"])
+def test_a_figure_that_comes_from_no_file_is_found(figure):
+    text = f"A page.\n\nIt takes {figure} now."
+    (problem,) = render.problems("docs/results.md", text, JINJA)
+    assert problem.startswith(f"docs/results.md, line 3: '{figure[:8]}")
+
+
+@pytest.mark.parametrize(
+    "text", ["Llama-3.1-8B", "8,192 tokens", "[arXiv 2501.15225](https://x.org/1.5)", "`lr=0.02`"]
+)
+def test_names_settings_and_code_are_no_figures(text):
+    assert render.problems("docs/results.md", f"It is {text}.", JINJA) == []
+
+
+@pytest.mark.parametrize(
+    ("mark", "complaint"),
+    [
+        ("is <!-- results/demo-cpu.json: {{ acuracy }} -->0.95<!-- end -->", "'acuracy' is undefined"),
+        ("is <!-- results/nothing.json: {{ accuracy }} -->0.95<!-- end -->", "has 'Not measured yet.', the page"),
+        ("<!-- results/demo-cpu.json: {{ seconds | fixed }} -->473<!-- end -->", "may not begin its line"),
+        ("| <!-- results/demo-cpu.json: {{ seconds | fixed }} -->473<!-- end --> |", "or stand in a table"),
+    ],
+)
+def test_a_wrong_template_or_place_is_named(mark, complaint):
+    (problem,) = render.problems("docs/cli.md", f"A page.\n\n{mark}", JINJA)
+    assert complaint in problem
