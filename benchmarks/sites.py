@@ -75,7 +75,7 @@ class Setting:
 
 
 SETTINGS = {
-    "native": Setting(tuple(SYSTEMS), (512, 1024, 2048, 4096, 6144, 8192), 120, 8, (1024, 4096, 8192)),
+    "native": Setting(tuple(SYSTEMS), (768, 1024, 2048, 4096, 6144, 8192), 120, 8, (1024, 4096, 8192)),
     "ntk": Setting(tuple(SYSTEMS), (2048, 4096, 8192, 16384, 24576, 31744), 24, 8, (16384, 32768), NTK, True),
     "beyond": Setting(("output-head+query", GROWING), (1024, 2048, 4096, 8192), 75, 8, (8192, 16384, 32768), NTK),
     "tiny": Setting((*SYSTEMS, GROWING), (384, 512), 4, 2, (512,), NTK),
