@@ -17,6 +17,18 @@ SIZES = {
         max_position_embeddings=131_072,
         rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
     ),
+    # As many layers and heads, but next to no work in them: what a method does in Python shows.
+    "thin": LlamaConfig(
+        vocab_size=512,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=2,
+        max_position_embeddings=131_072,
+        rope_parameters={"rope_type": "default", "rope_theta": 500_000.0},
+    ),
     # The same shape at a size that a laptop runs, to try the scripts.
     "tiny": LlamaConfig(
         vocab_size=512,

@@ -139,12 +139,12 @@ def test_both_file_formats_hold_the_same(name, granularity, tmp_path):
         assert torch.equal(result(loaded), result(model))
 
 
-@every_model
-def test_names_that_contain_each_other_stay_apart(name, tmp_path):
+@cases()
+def test_names_that_contain_each_other_stay_apart(name, granularity, tmp_path):
     names = ["my", "my_task", "task", "seal_delta2"]
-    model = adapt(name, adapter_name=names[0])
+    model = adapt(name, granularity, adapter_name=names[0])
     for seed, adapter_name in enumerate(names[1:], start=5):
-        adapt(name, adapter_name=adapter_name, model=model, seed=seed)
+        adapt(name, granularity, adapter_name=adapter_name, model=model, seed=seed)
     model.save_pretrained(tmp_path, selected_adapters=names[1:])
     assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == set(names[1:])
     with pytest.raises(ValueError, match="typo"):
@@ -152,7 +152,7 @@ def test_names_that_contain_each_other_stay_apart(name, tmp_path):
     for adapter_name in names[1:]:
         model.set_adapter(adapter_name)
         saved, _ = take_settings(load_file(tmp_path / adapter_name / "adapter_model.safetensors"))
-        assert len(saved) == 2 and all(key.endswith(".seal_delta.weight") for key in saved)
+        assert len(saved) == 2 * sites(granularity) and all(key.endswith(".seal_delta.weight") for key in saved)
         assert torch.equal(result(PeftModel.from_pretrained(base(name), tmp_path / adapter_name)), result(model))
 
 
@@ -166,11 +166,11 @@ def test_an_adapter_named_like_a_module_never_empties_the_file_of_another(tmp_pa
         model.save_pretrained(tmp_path / "both")
 
 
-@every_model
-def test_a_config_that_is_passed_is_used_and_more_adapters_load(name, tmp_path):
+@cases()
+def test_a_config_that_is_passed_is_used_and_more_adapters_load(name, granularity, tmp_path):
     expected = {}
     for seed in (1, 2, 3):
-        model = adapt(name, seed=seed)
+        model = adapt(name, granularity, seed=seed)
         model.save_pretrained(tmp_path / str(seed))
         expected[str(seed)] = result(model)
     config = SealConfig.from_pretrained(tmp_path / "1")
@@ -184,9 +184,9 @@ def test_a_config_that_is_passed_is_used_and_more_adapters_load(name, tmp_path):
         assert torch.equal(result(loaded), logits_alone)
 
 
-@every_decoder
-def test_loading_takes_a_device_map(name, tmp_path):
-    model = adapt(name)
+@cases(DECODERS)
+def test_loading_takes_a_device_map(name, granularity, tmp_path):
+    model = adapt(name, granularity)
     model.save_pretrained(tmp_path / "adapter")
     base_model(name).save_pretrained(tmp_path / "base")
     mapped = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map={"": "cpu"})
@@ -194,9 +194,9 @@ def test_loading_takes_a_device_map(name, tmp_path):
     assert torch.equal(logits(loaded.eval()), logits(model))
 
 
-@every_model
-def test_the_state_of_the_base_goes_out_and_in(name):
-    model = adapt(name)
+@cases()
+def test_the_state_of_the_base_goes_out_and_in(name, granularity):
+    model = adapt(name, granularity)
     state, plain = get_base_model_state_dict(model), base(name).state_dict()
     assert state.keys() == plain.keys()
     assert all(torch.equal(value, plain[key]) for key, value in state.items())
@@ -231,9 +231,9 @@ def test_merging_keeps_the_results(name, granularity, dtype, tmp_path):
     assert all(value.is_contiguous() for value in plain.state_dict().values())
 
 
-@every_model
-def test_a_safe_merge_refuses_nan(name):
-    model = adapt(name)
+@cases(merged=True)
+def test_a_safe_merge_refuses_nan(name, granularity):
+    model = adapt(name, granularity)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     for layer in seal_layers(model).values():
         with torch.no_grad():
@@ -270,9 +270,9 @@ def test_deleting_leaves_nothing_behind(name, granularity):
             assert not any("default" in value or "other" in value for value in per_adapter)
 
 
-@every_model
-def test_unloading_leaves_no_trace_of_peft(name):
-    plain = adapt(name).unload()
+@cases()
+def test_unloading_leaves_no_trace_of_peft(name, granularity):
+    plain = adapt(name, granularity).unload()
     assert type(plain) is type(base(name))
     assert not hasattr(plain, "peft_config")
     assert not any(isinstance(module, SealLayer) for module in plain.modules())

@@ -22,8 +22,9 @@ from torch import nn
 from torch.testing import assert_close
 
 import seal_peft
+from custom_model import base, cases, config
 from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, draw_scales, llama, logits, seal_layers
-from seal_peft import SealConfig, SealLayer, scales
+from seal_peft import SealConfig, scales
 
 both_granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
 some_models = pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "gemma3_text", "opt", "gpt2"])
@@ -48,11 +49,10 @@ def base_folder(tmp_path_factory):
 # -- creating ---------------------------------------------------------------------------------------------------------
 
 
-@some_models
-@both_granularities
+@cases()
 def test_a_new_adapter_changes_nothing(name, granularity):
-    model = get_peft_model(base_model(name), SealConfig(granularity=granularity))
-    assert torch.equal(logits(model), logits(base_model(name)))
+    model = get_peft_model(base(name), config(name, granularity))
+    assert torch.equal(logits(model), logits(base(name)))
     assert all((scale == 1).all() for scale in scales(model).values())
 
 
@@ -362,14 +362,6 @@ def test_a_layer_that_is_wrapped_while_adapters_are_disabled_is_disabled_too():
     assert torch.equal(logits(model), logits(base_model("llama")))
     model.base_model.enable_adapter_layers()
     assert not torch.equal(logits(model), logits(base_model("llama")))
-
-
-@some_models
-def test_unloading_gives_the_plain_base_back(name):
-    plain = adapted(name).unload()
-    assert type(plain) is type(base_model(name))
-    assert not any(isinstance(module, SealLayer) for module in plain.modules())
-    assert torch.equal(logits(plain), logits(base_model(name)))
 
 
 @pytest.mark.parametrize("names", [["default"], ["other"], ["default", "other"]])

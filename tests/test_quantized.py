@@ -1,14 +1,19 @@
 """SEAL on quantised bases, on the CPU: forward, training, files, merging with and without rounding, unmerging.
 
-`benchmarks/quantized_merge.py` runs the same claims on a GPU.
+`benchmarks/quantized_merge.py` and `quantized_bases.py` run the same claims on a GPU.
 """
 
 import copy
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 import types
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -527,3 +532,18 @@ def test_plain_weights_need_no_quantiser():
     model.merge_adapter()
     model.unmerge_adapter()
     assert torch.equal(logits(model.unload()), logits(base_model("llama")))
+
+
+@needs("bitsandbytes")
+@needs("torchao")
+@needs("hqq")
+def test_an_adapter_lives_its_whole_life_on_models_that_are_quantised_throughout(tmp_path):
+    script = Path(__file__).parents[1] / "benchmarks/quantized_bases.py"
+    formats = ["bnb-nf4", "bnb-int8", "torchao-intx", "hqq"]
+    command = [sys.executable, script, "--device", "cpu", "--output", tmp_path / "out.json", "--formats", *formats]
+    environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+    subprocess.run(list(map(str, command)), check=True, capture_output=True, env=environment)
+    for row in json.loads((tmp_path / "out.json").read_text())["rows"]:
+        stages = ["identity", "train", "base unchanged", "save and load", "merge", "unmerge"]
+        assert list(row) == ["format", "granularity", *stages]
+        assert all(row[stage].startswith("ok") for stage in stages)
