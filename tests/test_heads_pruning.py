@@ -293,7 +293,7 @@ def test_layers_that_hand_on_several_streams_are_refused() -> None:
         laurel_rank=4,
         altup_num_inputs=2,
     )
-    with pytest.raises(ValueError, match="hand on .*Use the gradient map"):
+    with pytest.raises(ValueError, match="hand on .*Use gradient in place of pruning in --scores"):
         pruning_map(find_heads(model), ROWS)
 
 

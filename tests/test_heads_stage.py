@@ -200,7 +200,7 @@ def test_an_adapter_of_another_method_has_no_scales_to_show(
     lora = get_peft_model(AutoModelForCausalLM.from_pretrained(house / "model"), LoraConfig(r=2))
     lora.save_pretrained(tmp_path / "lora")
     assert run(house, "--adapter", tmp_path / "lora", out="lora") == 1
-    assert "is no SEAL adapter" in error_of(capsys)
+    assert "has no scales; give a SEAL adapter, or none" in error_of(capsys)
 
 
 def test_an_adapter_that_extends_the_window_extends_it_where_it_is_applied(
