@@ -13,69 +13,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import time
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from shapes import random_model
+from heads_speed import speed
+from line_samples import lines, samples_of
 
-from seal_peft.data import make_samples, write_samples
+from seal_peft.data import write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
 from seal_peft.files import write_json
-from seal_peft.heads import EncodedSample, encode_samples, find_heads, gradient_map, pruning_map, without_head
+from seal_peft.heads import EncodedSample, encode_samples, find_heads
 from seal_peft.heads.inputs import collate, score_logits
-from seal_peft.heads.layers import Heads, scoring
+from seal_peft.heads.layers import scoring
 from seal_peft.heads.stage import HeadsArguments, heads
 from seal_peft.loading import load_adapter, load_model, load_tokenizer, unload_adapter
 from seal_peft.provenance import provenance
 from seal_peft.statistics import paired_difference
-from seal_peft.tasks import Sample, get_task
+from seal_peft.tasks import Sample
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
 
 QUADRANTS = ("Q1=0.9", "Q3=0.9", "Q1=0.9,Q3=1.1")
 RATES = {"head": 3e-2, "channel": 2e-2}
-
-
-def lines(model: str, split: str, lengths: list[int], count: int, seed: int = 0) -> list[Sample]:
-    """Make samples of line retrieval, each length in parts by as many processes as there are cores."""
-    processes = os.cpu_count() or 1
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        jobs = [
-            pool.submit(_lines, model, split, length, len(range(part, count, processes)), 1000 * seed + part)
-            for length in lengths
-            for part in range(min(processes, count))
-        ]
-        return [sample for job in jobs for sample in job.result()]
-
-
-def _lines(model: str, split: str, length: int, count: int, seed: int) -> list[Sample]:
-    made = make_samples(
-        "lines", tokenizer=load_tokenizer(model), split=split, lengths=[length], num_samples=count, seed=seed
-    )
-    return [replace(sample, id=f"{sample.id}-{seed}") for sample in made]
-
-
-def samples_of(options: argparse.Namespace, length: int, contexts: int, split: str = "train") -> list[Sample]:
-    """Make `num_samples` samples of one length that share so many contexts, their questions spread over the depths."""
-    per_context = options.num_samples // contexts
-    first = lines(options.model, split, [length], contexts)
-    made = []
-    for number, sample in enumerate(first):
-        for question in range(per_context):
-            depth = ((number + 0.5) / contexts + question) / per_context
-            size = sample.meta["size"]
-            other = get_task("lines").make(seed=sample.seed, size=size, depth=depth, split=split, questions=1)
-            made.append(replace(other, id=f"{length}-{number}-{question}", length=length, n_tokens=sample.n_tokens))
-    return made
 
 
 # --- maps ----------------------------------------------------------------------------------------------------------
@@ -137,109 +100,6 @@ def train_adapter(options: argparse.Namespace, granularity: Any, rate: float, fo
         use_cpu=not torch.cuda.is_available(),
     )
     train(TrainArguments(options.model, str(file), granularity=granularity, dtype=options.dtype), settings)
-
-
-# --- speed ---------------------------------------------------------------------------------------------------------
-
-
-def speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Time the maps of a model against full forward passes, and compare values on some heads."""
-    if options.size:
-        model = random_model(options.size, "cuda" if torch.cuda.is_available() else "cpu")
-        ids = torch.randint(3, 500, (options.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-        row = EncodedSample("random", options.tokens, ids, [-100] * (len(ids) - 5) + ids[-5:], [1])
-        return {str(options.tokens): speed_of(options, find_heads(model), {"one sample": [row]})}
-    result = {}
-    for length in options.lengths:
-        tokenizer = load_tokenizer(options.model)
-        rows = {
-            f"{contexts} contexts": encode_samples(samples_of(options, length, contexts), tokenizer)
-            for contexts in dict.fromkeys((options.contexts, options.num_samples))
-        }
-        result[str(length)] = speed_of(options, find_heads(load_model(options.model, options.dtype)), rows)
-        result[str(length)]["equality"] = {
-            dtype: equality(find_heads(load_model(options.model, dtype)), rows, options.check_heads)
-            # In float32 the maps take minutes at great lengths.
-            for dtype in dict.fromkeys((options.dtype, *(["float32"] if length == min(options.lengths) else [])))
-        }
-    return result
-
-
-def speed_of(options: argparse.Namespace, heads: Heads, rows: dict[str, list[EncodedSample]]) -> dict[str, Any]:
-    """Time one full forward pass and each map, in seconds."""
-    some = next(iter(rows.values()))
-    batches = [collate([row], heads.base.device)[0] for row in some]
-    with torch.inference_mode():
-        for batch in batches[:2]:
-            heads.model(input_ids=batch["input_ids"], use_cache=False)
-        full = [seconds(lambda b=b: heads.model(input_ids=b["input_ids"], use_cache=False)) for b in batches]
-        kept = [seconds(lambda b=b: heads.model(**b)) for b in batches]
-    count = sum(layer.geometry.num_heads for layer in heads.layers)
-    naive = count * len(some) * median(full)
-    result: dict[str, Any] = {
-        "heads": count,
-        "samples": len(some),
-        "forward": {"full_logits": median(full), "answer_logits": median(kept)},
-        "naive_pruning": naive,
-    }
-    gradient_map(heads, some[:1], activation_checkpointing=options.activation_checkpointing)
-    for site in ("output", "query"):
-        took = seconds(lambda s=site: gradient_map(heads, some, s, options.activation_checkpointing))
-        result[f"gradient_{site}"] = {"seconds": took, "forwards_per_sample": took / len(some) / median(kept)}
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    for name, own in rows.items():
-        took = seconds(lambda own=own: pruning_map(heads, own, batch_tokens=options.batch_tokens))
-        peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-        result[f"pruning, {name}"] = {"seconds": took, "share_of_naive": took / naive, "peak_bytes": peak}
-        print(f"{name}: {took:.1f} s, {took / naive:.3f} of {naive:.1f} s", flush=True)
-    return result
-
-
-def seconds(run: Callable[[], object]) -> float:
-    """Time one call, to the end of what it started on the GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    run()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def equality(heads: Heads, rows: dict[str, list[EncodedSample]], count: int) -> dict[str, Any]:
-    """Compare maps with full forward passes, a head and a sample at a time, on heads spread over the layers.
-
-    `mean` is the largest difference of a head's value, a mean over samples; `sample` of a value of one sample. `noise`
-    is what the naive way differs from itself when each sample stands in a batch twice.
-    """
-    places = torch.linspace(0, heads.shape[0] * heads.shape[1] - 1, count).long().tolist()
-    found: dict[str, Any] = {}
-    for name, own in rows.items():
-        mapped = pruning_map(heads, own).logprob.flatten(1)[:, places]
-        alone, twice = (naive_values(heads, own, places, copies) for copies in (1, 2))
-        found[name] = {"heads": count, **largest(mapped - alone), "noise": largest(twice - alone)}
-        print(f"{name}, {heads.base.dtype}: {found[name]}", flush=True)
-    return found
-
-
-def largest(difference: torch.Tensor) -> dict[str, float]:
-    """Largest difference of means over samples, and of single samples."""
-    return {"mean": difference.mean(0).abs().max().item(), "sample": difference.abs().max().item()}
-
-
-def naive_values(heads: Heads, rows: list[EncodedSample], places: list[int], copies: int) -> torch.Tensor:
-    """Change of the log-probability without some heads, `(samples, heads)`, a full pass for every value."""
-    values = []
-    with scoring(heads), torch.inference_mode():
-        for row in rows:
-            batch, labels = collate([row] * copies, heads.base.device)
-            before = score_logits(heads.model(**batch).logits, labels).logprob[0]
-            for place in places:
-                with without_head(heads, *divmod(place, heads.shape[1])):
-                    after = score_logits(heads.model(**batch).logits, labels).logprob[0]
-                values.append((after - before).item())
-    return torch.tensor(values).view(len(rows), len(places))
 
 
 # --- quadrants -----------------------------------------------------------------------------------------------------

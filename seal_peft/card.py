@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # not an explicit export
 from peft.utils import CONFIG_NAME
 
-from .assets import SMOLLM2_HUB_ID, smollm2_package
+from .assets import public_id, smollm2_package
 from .files import replacing
-from .report import guard_tables, length_rows, markdown_table, overall_rows
+from .report import guard_tables, length_rows, markdown_table, notes, overall_rows
+from .statistics import label_of
 from .tuner import scales
 
 CARD_NAME = "README.md"
@@ -89,22 +87,6 @@ def render_card(folder: str | os.PathLike[str], run: dict[str, Any], facts: Card
     return f"{own}\n"
 
 
-def public_id(model: str) -> str | None:
-    """Return the Hub id of a model, whichever way it was named here; `None` for a folder that the Hub does not know.
-
-    A folder is known if it is the converted SmolLM2 of this package or a snapshot in the Hub's own cache.
-    """
-    if smollm2_package(model):
-        return SMOLLM2_HUB_ID
-    if snapshot := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", model):
-        return snapshot[1].replace("--", "/", 1)
-    try:
-        validate_repo_id(model)
-    except HFValidationError:
-        return None
-    return None if Path(model).exists() else model
-
-
 def _authors_card(path: Path) -> ModelCard | None:
     if not path.is_file():
         return None
@@ -137,7 +119,7 @@ def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
         EvalResult(
             task_type="text-generation",
             dataset_type=f"seal_peft/{cell['task']}",
-            dataset_name=f"{cell['task']}, {cell['length']} tokens, {cell['n']} samples",
+            dataset_name=f"{label_of(metrics, cell['task'])}, {cell['length']} tokens, {cell['n']} samples",
             dataset_split="test",
             metric_type="accuracy",
             metric_name="mean score",
@@ -213,12 +195,11 @@ def _listed(values: list[Any] | None) -> str:
 
 
 def _result_words(metrics: dict[str, Any]) -> dict[str, Any]:
-    own = [task for task, wording in metrics.get("wording", {}).items() if "own" in wording]
     return {
         "results": markdown_table(overall_rows(metrics)),
         "results_by_length": markdown_table(length_rows(metrics)),
         "guard": "\n\n".join(f"{title}\n\n{markdown_table(rows)}" for title, rows in guard_tables(metrics).items()),
-        "own_wording": ", ".join(own),
+        "notes": "\n\n".join(notes(metrics)),
         "evaluated_on": f"{metrics['device']}, {metrics['date']}",
     }
 

@@ -24,7 +24,7 @@ from .heads.stage import HeadsArguments, heads
 from .hub import PushArguments, push_stage
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
-from .report import ReportArguments, guard_tables, markdown_table, overall_rows, report
+from .report import ReportArguments, guard_tables, markdown_table, notes, overall_rows, report
 from .train import RECIPES, SealTrainingArguments, TrainArguments, train
 
 OK, FAILED, WRONG_USAGE, INTERRUPTED = 0, 1, 2, 130
@@ -183,7 +183,8 @@ def _flags_of_file(path: str, parser: HfArgumentParser) -> list[str]:
         raise ValueError(f"--config {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path} must hold `flag: value` lines, not a {type(values).__name__}.")
-    known = {action.dest for action in parser._actions} - {"help", "config"}
+    known = {flag.removeprefix("--") for action in parser._actions for flag in action.option_strings}
+    known -= {"help", "config"}
     if unknown := sorted(set(map(str, values)) - known):
         raise ValueError(f"--config {path} names unknown flags: {', '.join(unknown)}. See --help for the known ones.")
     words: list[str] = []
@@ -230,6 +231,8 @@ def _show(result: Any) -> None:
         for title, rows in guard_tables(result).items():
             sys.stdout.write(f"\n{title}\n")
             _show_table(rows)
+        for note in notes(result):
+            sys.stdout.write(f"\n{note}\n")
         return
     if isinstance(result, Path) and result.suffix == ".md" and _draws():
         from rich.console import Console

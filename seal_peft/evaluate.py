@@ -34,13 +34,21 @@ from .statistics import RULER_THRESHOLD, summarise
 from .systems import BASE, Questions, System, check_system, name_systems, read_questions
 from .tasks import Sample, get_task
 
+# What samples say of themselves that a reader of scores must know: whose words they are in, what their facts hide in.
+_LABELS = ("wording", "haystack")
+
 
 @dataclass
 class EvaluateArguments:
     """What to evaluate, on what, and where to put the results."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id, local folder, or `smollm2`."})
-    test_file: str = field(metadata={"help": "Samples, one JSON row each, as `seal-peft make-data` writes them."})
+    test_file: str = field(
+        metadata={
+            "help": "Samples, one JSON row each: what `seal-peft make-data` writes, or your own.",
+            "aliases": ["--task_file"],
+        }
+    )
     output_dir: str = field(metadata={"help": "Folder for predictions.jsonl and metrics.json."})
     adapters: list[str] = field(
         default_factory=list,
@@ -101,7 +109,16 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         for system in systems
     }
 
-    keys = {system.name: _fingerprints(system, asked, questions[system.model], guard, arguments) for system in systems}
+    batches = {
+        model: _batches(own, len(guard.samples), arguments.per_device_eval_batch_size)
+        for model, own in questions.items()
+    }
+    keys = {
+        system.name: _fingerprints(
+            system, asked, questions[system.model], batches[system.model], guard.essays.get(system.model), arguments
+        )
+        for system in systems
+    }
     # A process that is done may wait for hours for one that is not.
     processes = PartialState(cpu=pick_device().type == "cpu", timeout=timedelta(days=7))
     path, number = Path(arguments.output_dir) / "predictions.jsonl", processes.process_index
@@ -111,7 +128,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     predictions = Predictions(path, process=number if processes.num_processes > 1 else None)
     for model in models:
         sharing = [system for system in systems if system.model == model]
-        _answer_all(sharing, asked, questions[model], guard, keys, predictions, arguments)
+        _answer_all(sharing, asked, questions[model], batches[model], guard, keys, predictions, arguments)
     processes.wait_for_everyone()
     if not processes.is_main_process:
         return {}
@@ -126,7 +143,8 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         essays = {system.name: guard.essays[system.model] for system in systems}
         short_scores = {name: own[len(samples) :] for name, own in scores.items()}
         metrics["guard"] = summarise_guard(losses, essays, guard.samples, short_scores, BASE)
-    metrics |= {"windows": windows, "wording": _wording(samples), "arguments": asdict(arguments), **provenance()}
+    metrics |= {"windows": windows, **{label: _by_task(samples, label) for label in _LABELS}}
+    metrics |= {"arguments": asdict(arguments), **provenance()}
     write_json(Path(arguments.output_dir) / "metrics.json", metrics)
     return metrics
 
@@ -146,13 +164,13 @@ def _read_test_file(path: str) -> list[Sample]:
     return samples
 
 
-def _wording(samples: list[Sample]) -> dict[str, list[str]]:
-    """Whose words the samples of a task are in, for tasks that come in several wordings."""
-    wording: dict[str, set[str]] = {}
+def _by_task(samples: list[Sample], label: str) -> dict[str, list[str]]:
+    """What the samples of a task say under one of `_LABELS`, for tasks that have it."""
+    found: dict[str, set[str]] = {}
     for sample in samples:
-        if "wording" in sample.meta:
-            wording.setdefault(sample.task, set()).add(str(sample.meta["wording"]))
-    return {task: sorted(own) for task, own in wording.items()}
+        if label in sample.meta:
+            found.setdefault(sample.task, set()).add(str(sample.meta[label]))
+    return {task: sorted(own) for task, own in found.items()}
 
 
 def _check_numbers(arguments: EvaluateArguments) -> None:
@@ -167,21 +185,25 @@ def _check_numbers(arguments: EvaluateArguments) -> None:
 
 
 def _fingerprints(
-    system: System, asked: list[Sample], questions: Questions, guard: Guard, arguments: EvaluateArguments
+    system: System,
+    asked: list[Sample],
+    questions: Questions,
+    batches: list[list[int]],
+    essays: list[list[int]] | None,
+    arguments: EvaluateArguments,
 ) -> list[str]:
-    """Cover all that changes an answer or its row. The batch size is not among it: padding is masked.
+    """Cover all that changes an answer or its row: in bfloat16 also the prompts that share its batch.
 
     One for each sample, and a last one for the guard's essays, if they are asked for.
     """
     files = [identity(locate_model(system.model)), system.adapter and identity(system.adapter)]
     settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation, questions.ends]
-    keys = [
-        fingerprint(system.name, files, settings, limit, prompt, asdict(sample))
-        for sample, prompt, limit in zip(asked, questions.prompts, questions.limits, strict=True)
-    ]
-    if guard.samples:
-        keys.append(fingerprint(system.name, files, settings, guard.essays[system.model]))
-    return keys
+    keys = [""] * len(asked)
+    for batch in batches:
+        together = fingerprint([[questions.prompts[index], questions.limits[index]] for index in batch])
+        for place, index in enumerate(batch):
+            keys[index] = fingerprint(system.name, files, settings, together, place, asdict(asked[index]))
+    return keys if essays is None else [*keys, fingerprint(system.name, files, settings, essays)]
 
 
 def _batches(questions: Questions, num_guard: int, batch_size: int) -> list[list[int]]:
@@ -200,6 +222,7 @@ def _answer_all(
     systems: list[System],
     asked: list[Sample],
     questions: Questions,
+    batches: list[list[int]],
     guard: Guard,
     keys: dict[str, list[str]],
     predictions: Predictions,
@@ -210,7 +233,6 @@ def _answer_all(
     if not todo:
         return
     processes = PartialState()
-    batches = _batches(questions, len(guard.samples), arguments.per_device_eval_batch_size)
     batches = batches[processes.process_index :: processes.num_processes]
     model = load_model(systems[0].model, arguments.dtype, arguments.attn_implementation).eval()
     for system in todo:
@@ -248,6 +270,6 @@ def _row(system: System, sample: Sample, answer: str, key: str) -> dict[str, Any
         "answers": sample.answers,
         "score": task.score(answer, sample.answers),
         **{name: score(answer, sample.answers) for name, score in task.more_scores.items()},
-        **{name: value for name, value in sample.meta.items() if name == "wording"},
+        **{name: value for name, value in sample.meta.items() if name in _LABELS},
         "fingerprint": key,
     }

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .data import window_of
 from .loading import load_config, load_tokenizer
-from .statistics import mean_interval, paired_difference, summarise
+from .statistics import bootstrap_interval, summarise
 from .tasks import TASKS, Sample, guard
 from .tasks.haystacks import essay_sentences
 
@@ -135,11 +135,11 @@ def summarise_guard(
     summary: dict[str, Any] = {}
     cells = summarise(samples, scores, base)["cells"]
     for name, own in losses.items():
-        mean, low, high = mean_interval(own)
+        mean, low, high = bootstrap_interval(own)
         tokens = sum(len(window) - 1 for window in windows[name])
         summary[name] = {"perplexity": math.exp(mean), "loss": mean, "low": low, "high": high, "tokens": tokens}
         if base in losses and name != base and windows[name] == windows[base]:
-            difference, low, high = paired_difference(own, losses[base])
+            difference, low, high = bootstrap_interval([a - b for a, b in zip(own, losses[base], strict=True)])
             summary[name]["difference_to_base"] = {"mean": difference, "low": low, "high": high}
         summary[name]["tasks"] = {
             cell["task"]: {key: cell[key] for key in cell if key not in ("system", "task", "length", "depth")}

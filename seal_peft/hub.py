@@ -20,7 +20,8 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .card import CARD_NAME, CardFacts, public_id, render_card
+from .assets import public_id, split_name
+from .card import CARD_NAME, CardFacts, render_card
 from .files import replacing
 from .plots import plot_scales
 from .report import read_metrics
@@ -165,8 +166,7 @@ def _metrics_of(
     """
     metrics = read_metrics(Path(metrics_file))
     if system is None:
-        named = [text.partition("=") for text in metrics.get("arguments", {}).get("adapters", [])]
-        paths = {name if equals else Path(name).resolve().name: path or name for name, equals, path in named}
+        paths = dict(map(split_name, metrics.get("arguments", {}).get("adapters", [])))
         system = next((name for name, path in paths.items() if Path(path).resolve() == folder.resolve()), None)
     if system not in metrics["systems"]:
         raise ValueError(

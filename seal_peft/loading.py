@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-from .assets import resolve_model
+from .assets import public_id, resolve_model
 from .tuner.config import check_weights_file
+
+logger = logging.getLogger(__name__)
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 DTYPE_HELP = "auto: bfloat16 where the hardware computes in it, else float32."
@@ -111,22 +115,26 @@ def read_adapter(path: str) -> PeftConfig:
 def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:
     """Make sure that an adapter is whole and fits a base model, without the weights of the model.
 
+    Shapes tell most models apart, not all: a base of another name than the recorded one is warned about.
+
     Args:
         model_name_or_path: Hub id, local folder, or `smollm2`.
         path: Folder or Hub id of an adapter of any PEFT method.
 
     Returns:
         The model with the adapter on the meta device, the context extension of the adapter in force; `None` for
-        methods that compute with the weights.
+        prompts, and for methods that compute with the weights.
 
     Raises:
-        ValueError: There is no adapter, its files are broken, or it was made for a model of other shapes.
+        ValueError: There is no adapter, its files are broken, or it was made for a model of other shapes or modules.
     """
     config = read_adapter(path)
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(load_config(model_name_or_path))
     try:
-        return PeftModel.from_pretrained(skeleton, path, low_cpu_mem_usage=True)
+        if config.is_prompt_learning:
+            _check_prompt(config, skeleton)
+        adapted = None if config.is_prompt_learning else _wrap(skeleton, path, low_cpu_mem_usage=True)
     except (ValueError, RuntimeError) as error:
         mismatches = [line.strip() for line in str(error).splitlines() if "size mismatch" in line]
         if isinstance(error, RuntimeError) and not mismatches:
@@ -135,11 +143,55 @@ def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:
             f"The adapter {path} does not fit the model {model_name_or_path}. Pass the one that it was trained on, "
             f"{config.base_model_name_or_path!r}, as --model_name_or_path. ({mismatches[0] if mismatches else error})"
         ) from error
+    recorded = str(config.base_model_name_or_path or "")
+    if recorded and _plain_name(recorded) != _plain_name(locate_model(model_name_or_path)):
+        logger.warning(
+            "The adapter %s fits the model %s, but was trained on %s. Unless these are one model by two names, pass "
+            "that one as --model_name_or_path.",
+            *(path, model_name_or_path, recorded),
+        )
+    return adapted
+
+
+def _check_prompt(config: Any, model: Any) -> None:
+    """Prompts have no modules that could tell; the sizes that they were made for stand in the config."""
+    width, layers = model.get_input_embeddings().embedding_dim, model.config.get_text_config().num_hidden_layers
+    prefix = config.peft_type == PeftType.PREFIX_TUNING  # of keys and values, which may be narrower
+    if config.num_layers != layers or not (prefix or config.token_dim == width):
+        raise ValueError(
+            f"It is for {config.num_layers} layers of width {config.token_dim}; the model has {layers} of {width}."
+        )
+
+
+def _plain_name(model: str) -> str:
+    """The name of a model without its owner or the folders above it, which differ from machine to machine."""
+    return (public_id(model) or model.rstrip("/")).rpartition("/")[2]
 
 
 def load_adapter(model: Any, path: str) -> PeftModel:
-    """Wrap a base model with the adapter of a folder (or Hub id), ready for inference."""
-    return PeftModel.from_pretrained(model, path).eval()
+    """Wrap a base model with the adapter of a folder (or Hub id), ready for inference.
+
+    Raises:
+        ValueError: A part of the adapter has no place in the model, or a place in the model has no part.
+    """
+    return _wrap(model, path).eval()
+
+
+def _wrap(model: Any, path: str, **settings: Any) -> PeftModel:
+    """Load an adapter whole. PEFT drops keys that have no place and starts anew what the file lacks."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", ".*Found missing adapter keys")
+        try:
+            adapted = PeftModel.from_pretrained(model, path, **settings)
+        except UserWarning as warning:
+            if "Found missing adapter keys" not in str(warning):
+                raise
+            raise ValueError(f"Its file lacks what modules of the model need. {warning!s:.200}") from warning
+    # A second time, because only this call tells what was left over. Prompts are kept outside of the model.
+    unknown = adapted.load_adapter(path, "default", **settings).unexpected_keys
+    if unknown and not adapted.active_peft_config.is_prompt_learning:
+        raise ValueError(f"Tensors of its file that have no place there: {len(unknown)}, such as {unknown[0]}")
+    return adapted
 
 
 def unload_adapter(model: PeftModel) -> Any:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from .files import write_json
+from .statistics import label_of
 from .tuner.queries import QUERY_NAMES
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def plot_lengths(metrics: dict[str, Any], task: str, path: Path) -> Path:
     cells = [cell for cell in metrics["cells"] if cell["task"] == task and cell["depth"] is None]
     threshold = metrics.get("effective_lengths", {}).get("threshold")
     windows = {name: window for name, window in metrics.get("windows", {}).items() if window is not None}
-    numbers = {"task": task, "threshold": threshold, "windows": windows, "cells": cells}
+    label = label_of(metrics, task)
+    numbers = {"task": label, "threshold": threshold, "windows": windows, "cells": cells}
     write_json(path.with_suffix(".json"), numbers)
 
     lengths = sorted({cell["length"] for cell in cells})
@@ -93,7 +95,7 @@ def plot_lengths(metrics: dict[str, Any], task: str, path: Path) -> Path:
     hollow = any(length > windows.get(system, length) for system in systems for length in lengths)
     beyond = "; hollow: beyond the system's window" if hollow else ""
     axes.set(xlabel="length in tokens", ylabel="mean score", ylim=(-0.03, 1.03))
-    axes.set_title(f"{task}: score by length\n{_counted(cells)} a point, 95% intervals{beyond}", fontsize=11)
+    axes.set_title(f"{label}: score by length\n{_counted(cells)} a point, 95% intervals{beyond}", fontsize=11)
     axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
@@ -131,7 +133,8 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
     base = scores.get("base")
     others = {name: values for name, values in scores.items() if name != "base"}
     differences = {name: _difference(values, base) for name, values in others.items()} if base else {}
-    numbers = {"task": task, "lengths": lengths, "depths": depths, "scores": scores, "differences": differences}
+    label = label_of(metrics, task)
+    numbers = {"task": label, "lengths": lengths, "depths": depths, "scores": scores, "differences": differences}
     write_json(path.with_suffix(".json"), numbers)
 
     width = max(3.0, 1.2 + 0.55 * len(lengths))
@@ -152,7 +155,7 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
     if differences:
         figure.colorbar(image, ax=list(grid[1]), label="difference (blue: better than base)", fraction=0.05)
     figure.supylabel("depth of the fact (0 start, 1 end of the context)", fontsize=10)
-    figure.suptitle(f"{task}: score by depth and length, {_counted(cells)} a field")
+    figure.suptitle(f"{label}: score by depth and length, {_counted(cells)} a field")
     return _save(figure, path)
 
 

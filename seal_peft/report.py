@@ -16,7 +16,7 @@ from typing import Any
 
 from .files import replacing
 from .plots import plot_depths, plot_lengths, plot_scales
-from .statistics import MEAN_OF_TASKS
+from .statistics import MEAN_OF_TASKS, label_of
 from .tasks import TASKS
 from .tuner import scales
 
@@ -74,6 +74,7 @@ def _results(metrics: dict[str, Any], folder: Path) -> list[str]:
     arguments = metrics.get("arguments", {})
     parts = [f"{name}: `{arguments[key]}`" for name, key in _ABOUT.items() if key in arguments]
     parts.append("\n".join(f"- `{task}`: {TASKS[task].description}" for task in tasks if task in TASKS))
+    parts += notes(metrics)
     parts += ["## Scores", markdown_table(overall_rows(metrics))]
     parts.append(f"Mean over all samples. {_ABOUT_P}")
     parts += ["## By length", markdown_table(length_rows(metrics)), "Mean score, in brackets its 95% interval."]
@@ -82,21 +83,34 @@ def _results(metrics: dict[str, Any], folder: Path) -> list[str]:
     for task in tasks:
         for kind, plot in (("length", plot_lengths), ("depth and length", plot_depths)):
             name = f"{task}-{kind.partition(' ')[0]}s.png"
-            parts += _picture(partial(plot, metrics, task), folder / name, f"{task}: score by {kind}")
+            parts += _picture(
+                partial(plot, metrics, task), folder / name, f"{label_of(metrics, task)}: score by {kind}"
+            )
     if reached := metrics.get("effective_lengths"):
         parts += [
             "## Effective length",
             f"The greatest length with a mean score of at least {reached['threshold']:g}.",
         ]
-        parts.append(markdown_table(effective_rows(reached["systems"])))
+        parts.append(markdown_table(effective_rows(metrics)))
     if tables := guard_tables(metrics):
         parts += ["## Short contexts", "Whether an adapter harms what the model could do before."]
         for title, rows in tables.items():
             parts += [title, markdown_table(rows)]
-    if own := [task for task, wording in metrics.get("wording", {}).items() if "own" in wording]:
-        parts.append(f"In a wording of our own, so not comparable with published scores: {', '.join(own)}.")
     versions = ", ".join(f"{name} {number}" for name, number in metrics["versions"].items() if number)
     return [*parts, f"{metrics['device']}; {versions}; commit {metrics['commit']}; {metrics['date']}."]
+
+
+def notes(metrics: dict[str, Any]) -> list[str]:
+    """Return sentences about tasks that are not what their names promise: other words, another haystack."""
+    found = {
+        label: ", ".join(task for task, values in metrics.get(label, {}).items() if "own" in values)
+        for label in ("wording", "haystack")
+    }
+    told = {
+        "wording": f"In a wording of our own, so not comparable with published scores: {found['wording']}.",
+        "haystack": f"Hidden in plain sentences of ours, not in essays: {found['haystack']}.",
+    }
+    return [told[label] for label, tasks in found.items() if tasks]
 
 
 def _beyond(metrics: dict[str, Any]) -> str:
@@ -126,10 +140,14 @@ def overall_rows(metrics: dict[str, Any]) -> list[list[str]]:
     return rows
 
 
-def effective_rows(reached: dict[str, dict[str, int | None]]) -> list[list[str]]:
+def effective_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of effective lengths, one column per system, the header first."""
+    reached: dict[str, dict[str, int | None]] = metrics["effective_lengths"]["systems"]
     tasks = dict.fromkeys(task for own in reached.values() for task in own)
-    return [["task", *reached], *([task, *(str(own[task] or "none") for own in reached.values())] for task in tasks)]
+    return [
+        ["task", *reached],
+        *([label_of(metrics, task), *(str(own[task] or "none") for own in reached.values())] for task in tasks),
+    ]
 
 
 def guard_tables(metrics: dict[str, Any]) -> dict[str, list[list[str]]]:
@@ -171,7 +189,7 @@ def length_rows(metrics: dict[str, Any]) -> list[list[str]]:
             f"{cell['accuracy']:.3f}{mark} ({cell['low']:.2f} to {cell['high']:.2f})"
             for cell, mark in zip(group, marks, strict=True)
         ]
-        rows.append([task, str(length), str(group[0]["n"]), *scores])
+        rows.append([label_of(metrics, task), str(length), str(group[0]["n"]), *scores])
     tasks = {cell["task"] for cell in cells}
     for length in sorted({cell["length"] for cell in cells}) if len(tasks) > 1 else ():
         if all((task, length, systems[0]) in found for task in tasks):

@@ -29,23 +29,38 @@ def mean_interval(scores: Sequence[float]) -> Interval:
     Args:
         scores: One score per sample, at least one.
     """
-    return _wilson(scores) if _right_or_wrong(scores) else _bootstrap(scores)
+    return _wilson(scores) if _right_or_wrong(scores) else _bounded_bootstrap(scores, lowest=0.0)
 
 
 def paired_difference(scores: Sequence[float], base: Sequence[float]) -> Interval:
-    """Return the mean difference to the base on the same samples, and the ends of its 95% interval.
+    """Return the mean difference to the base on the same samples, and the ends of its 95% bootstrap interval.
 
-    Right-or-wrong scores get Newcombe's interval for paired proportions (1998, method 10 without continuity
-    correction), which does not shrink to a point where all samples agree; graded scores a bootstrap one.
+    Samples are drawn with both their scores, so what makes a sample hard for both systems does not widen it.
+
+    Args:
+        scores: One score in [0, 1] per sample.
+        base: The scores of the other system, in the same order.
 
     Raises:
         ValueError: The two do not have one score each for the same samples.
     """
     if len(scores) != len(base) or not scores:
         raise ValueError(f"Paired scores must have the same length, at least 1; got {len(scores)} and {len(base)}.")
-    if _right_or_wrong(scores) and _right_or_wrong(base):
-        return _newcombe(scores, base)
-    return _bootstrap([a - b for a, b in zip(scores, base, strict=True)])
+    return _bounded_bootstrap([a - b for a, b in zip(scores, base, strict=True)], lowest=-1.0)
+
+
+def bootstrap_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of values and the ends of its 95% percentile bootstrap interval.
+
+    Args:
+        values: One number per sample, at least one.
+    """
+    mean = math.fsum(values) / len(values)
+    # A generator of its own: the interval of given values must not change from run to run.
+    picks = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
+    means = torch.tensor(values, dtype=torch.float64)[picks].mean(dim=1).sort().values
+    cut = int(0.025 * _RESAMPLES)
+    return mean, min(mean, means[cut].item()), max(mean, means[-cut - 1].item())
 
 
 def sign_test(scores: Sequence[float], base: Sequence[float]) -> float:
@@ -121,6 +136,11 @@ def effective_lengths(cells: Sequence[dict[str, Any]], threshold: float) -> dict
     return {name: max(lengths, default=None) for name, lengths in reached.items()}
 
 
+def label_of(metrics: dict[str, Any], task: str) -> str:
+    """Return the name of a task in tables and pictures, which says where its words are ours and not a benchmark's."""
+    return f"{task} (own wording)" if "own" in metrics.get("wording", {}).get(task, ()) else task
+
+
 def _cells(samples: Sequence[Sample]) -> dict[tuple[str | None, int | None, float | None], list[int]]:
     """Indices of samples by task and length (depth `None`), and by task, length and depth.
 
@@ -154,20 +174,14 @@ def _wilson(scores: Sequence[float]) -> Interval:
     return mean, max(0.0, min(mean, centre - half)), min(1.0, max(mean, centre + half))
 
 
-def _newcombe(scores: Sequence[float], base: Sequence[float]) -> Interval:
-    (p, low_p, high_p), (q, low_q, high_q) = _wilson(scores), _wilson(base)
-    both = sum(a * b for a, b in zip(scores, base, strict=True)) / len(scores)
-    spread = math.sqrt(p * (1 - p) * q * (1 - q))
-    correlation = (both - p * q) / spread if spread else 0.0
-    down, up = (p - low_p, high_q - q), (high_p - p, q - low_q)
-    below, above = (math.sqrt(max(0.0, a**2 - 2 * correlation * a * b + b**2)) for a, b in (down, up))
-    return p - q, max(-1.0, p - q - below), min(1.0, p - q + above)
+def _bounded_bootstrap(values: Sequence[float], lowest: float) -> Interval:
+    """Bootstrap values between `lowest` and 1.
 
-
-def _bootstrap(values: Sequence[float]) -> Interval:
-    mean = math.fsum(values) / len(values)
-    # A generator of its own: the interval of given values must not change from run to run.
-    picks = torch.randint(len(values), (_RESAMPLES, len(values)), generator=torch.Generator().manual_seed(0))
-    means = torch.tensor(values, dtype=torch.float64)[picks].mean(dim=1).sort().values
-    cut = int(0.025 * _RESAMPLES)
-    return mean, min(mean, means[cut].item()), max(mean, means[-cut - 1].item())
+    Where all are equal, drawing from them would give a point, as if there were no doubt. Then the ends are what no
+    exception among so many leaves possible: the share of exceptions has an exact bound, and they may lie anywhere.
+    """
+    mean, low, high = bootstrap_interval(values)
+    if max(values) - min(values) > 1e-9:
+        return mean, low, high
+    share = 1 - 0.025 ** (1 / len(values))
+    return mean, mean - share * (mean - lowest), mean + share * (1.0 - mean)

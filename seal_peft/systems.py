@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from .assets import split_name
 from .data import check_window, has_position_table, window_of
 from .loading import check_adapter, load_config, load_tokenizer
 from .reach import reach
@@ -66,17 +66,12 @@ def name_systems(base: str, adapters: Sequence[str], models: Sequence[str], skip
         ValueError: There is no system, or two have one name.
     """
     systems = [] if skip_base else [System(BASE, base)]
-    systems += [System(name, base, path) for name, path in map(_named, adapters)]
-    systems += [System(name, path) for name, path in map(_named, models)]
+    systems += [System(name, base, path) for name, path in map(split_name, adapters)]
+    systems += [System(name, path) for name, path in map(split_name, models)]
     names = [system.name for system in systems]
     if not systems or len(set(names)) < len(names):
         raise ValueError(f"Systems need distinct names, at least one; got {names}. Name them as NAME=PATH.")
     return systems
-
-
-def _named(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    return (name, path) if equals else (Path(text).resolve().name, text)
 
 
 def read_questions(model: str, samples: Sequence[Sample], max_new_tokens: int | None) -> Questions:

@@ -54,7 +54,12 @@ class TrainArguments:
     """What to train, and on what. The flags of `transformers.TrainingArguments` come on top."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id, local folder, or `smollm2`."})
-    train_file: str = field(metadata={"help": "Samples, one JSON row each, as `seal-peft make-data` writes them."})
+    train_file: str = field(
+        metadata={
+            "help": "Samples, one JSON row each: what `seal-peft make-data` writes, or your own.",
+            "aliases": ["--task_file"],
+        }
+    )
     granularity: Granularity = field(
         default="channel",
         metadata={"help": "One scale per `head` or per `channel` of it. Queries always have one per head."},

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 import models
 import seal_peft
 from seal_peft import SealConfig
-from seal_peft.assets import SMOLLM2_HUB_ID, resolve_model, smollm2_package
-from seal_peft.card import MARKER, CardFacts, public_id, render_card, write_card
+from seal_peft.assets import SMOLLM2_HUB_ID, public_id, resolve_model, smollm2_package
+from seal_peft.card import MARKER, CardFacts, render_card, write_card
 from seal_peft.files import write_json
 from seal_peft.hub import _metrics_of, _without_folders
 from stages import save_model, save_samples, seal

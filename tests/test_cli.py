@@ -91,6 +91,15 @@ def test_a_file_holds_all_kinds_of_flags_required_ones_too(tmp_path: Path) -> No
     assert (evaluated.skip_base, evaluated.adapters) == (True, ["a=b", "c"])
 
 
+@pytest.mark.parametrize("stage", ["make-data", "train", "evaluate", "heads"])
+def test_rows_of_your_own_have_one_flag_in_every_stage_that_reads_samples(tmp_path: Path, stage: str) -> None:
+    words = ["--model_name_or_path", "m", "--output_file" if stage == "make-data" else "--output_dir", "o"]
+    (tmp_path / "own.yaml").write_text("task_file: own.jsonl\n")
+    for given in (["--task_file", "own.jsonl"], ["--config", str(tmp_path / "own.yaml")]):
+        arguments = parse(stage, *words, *given)[0]
+        assert "own.jsonl" in (getattr(arguments, name, None) for name in ("task_file", "train_file", "test_file"))
+
+
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [

@@ -6,13 +6,14 @@ import os
 import re
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
@@ -20,13 +21,14 @@ import models
 import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
 from seal_peft import SealConfig, assets
-from seal_peft.data import read_samples
+from seal_peft.data import read_samples, write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
-from seal_peft.loading import load_adapter, load_model, unload_adapter
+from seal_peft.loading import check_adapter, load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
+from seal_peft.systems import name_systems
 from seal_peft.tasks import haystacks
-from stages import WINDOW, error_of, python, save_model, save_samples, seal
+from stages import WINDOW, error_of, python, save_model, save_samples, seal, some_samples
 
 ADAPTERS = {
     "seal": SealConfig(task_type="CAUSAL_LM", granularity="channel"),
@@ -51,7 +53,8 @@ def save_adapter(house: Path, name: str, seed: int = 1) -> Path:
 def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("house")
     save_model(folder / "model")
-    save_samples(folder / "test.jsonl", "test")
+    samples = [replace(sample, meta={**sample.meta, "wording": "own"}) for sample in some_samples("test")]
+    write_samples(folder / "test.jsonl", samples)
     for name in ADAPTERS:
         save_adapter(folder, name)
     merge(MergeArguments(str(folder / "seal"), str(folder / "merged")))
@@ -104,6 +107,8 @@ def test_base_adapters_of_any_method_and_plain_models_answer_in_one_call(house: 
     assert all(metrics["systems"][name]["n"] == 6 for name in names)
     assert metrics["arguments"]["max_new_tokens"] == 6
     assert metrics["versions"]["torch"]
+    assert (metrics["wording"], metrics["haystack"]) == ({"lines": ["own"]}, {})
+    assert {row["wording"] for row in rows_of(everyone)} == {"own"}
     answers = answers_of(everyone)
     samples = read_samples(house / "test.jsonl")
     assert answers.keys() == {(name, sample.id) for name in names for sample in samples}
@@ -196,7 +201,7 @@ main(sys.argv[1:])
 def test_a_second_call_adds_nothing_unless_a_few_bytes_of_the_weights_differ(own_house: Path, tmp_path: Path) -> None:
     evaluate_in(own_house, tmp_path)
     numbers, rows = numbers_of(tmp_path), rows_of(tmp_path)
-    evaluate_in(own_house, tmp_path, per_device_eval_batch_size=3)
+    evaluate_in(own_house, tmp_path)
     assert (numbers_of(tmp_path), rows_of(tmp_path)) == (numbers, rows)
 
     weights = own_house / "model" / "model.safetensors"
@@ -217,7 +222,15 @@ def test_a_changed_adapter_is_evaluated_again_in_the_same_process(own_house: Pat
     assert all((after[key] == before[key]) == (key[0] == "base") for key in before)
 
 
-@pytest.mark.parametrize("change", [{"max_new_tokens": 3}, {"dtype": "bfloat16"}, {"attn_implementation": "eager"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_new_tokens": 3},
+        {"dtype": "bfloat16"},
+        {"attn_implementation": "eager"},
+        {"per_device_eval_batch_size": 4},  # in bfloat16 other batches round otherwise
+    ],
+)
 def test_other_settings_make_other_answers_and_replace_the_old_rows(
     house: Path, tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -350,6 +363,20 @@ def test_what_is_no_adapter_is_refused_by_name(refused, own_house: Path) -> None
     assert "method 'WALRUS', which this PEFT does not know" in refused("--adapters", own_house / "seal")
 
 
+def test_a_path_may_hold_the_sign_that_ends_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=0.1").mkdir()
+    given = ["mine=runs/lr=0.2/best", "runs/lr=0.3", "lr=0.1", "b=me/lora", "lora"]
+    systems = name_systems("model", given, [], skip_base=True)
+    assert [(system.name, system.adapter) for system in systems] == [
+        ("mine", "runs/lr=0.2/best"),
+        ("lr=0.3", "runs/lr=0.3"),
+        ("lr=0.1", "lr=0.1"),
+        ("b", "me/lora"),
+        ("lora", "lora"),
+    ]
+
+
 def test_names_batches_lengths_and_rows_are_checked_first(refused, own_house: Path) -> None:
     assert "distinct names" in refused("--adapters", own_house / "seal", f"seal={own_house / 'lora'}")
     assert "distinct names" in refused("--skip_base")
@@ -368,6 +395,41 @@ def test_an_adapter_of_another_base_is_found_before_the_model_is_loaded(refused,
         complaint = refused("--adapters", own_house / name)
         assert f"{name} does not fit the model" in complaint
         assert "as --model_name_or_path. (size mismatch for" in complaint
+
+
+@pytest.mark.parametrize("name", ["seal", "lora", "ia3"])
+def test_an_adapter_for_more_or_fewer_layers_of_one_width_does_not_fit(refused, own_house: Path, name: str) -> None:
+    # IA3 has a vector a layer, LoRA two matrices; SEAL knows its heads.
+    left_over = {"seal": "trained on 2 modules", "lora": "no place there: 2, such", "ia3": "no place there: 1, such"}
+    lacking = {
+        **dict.fromkeys(ADAPTERS, "Its file lacks what modules of the model need"),
+        "seal": "trained on 2 modules",
+    }
+    for layers, complaint in ((1, left_over[name]), (3, lacking[name])):
+        save_model(own_house / "model", weights=False, num_hidden_layers=layers)
+        found = refused("--adapters", own_house / name)
+        assert f"{name} does not fit the model" in found
+        assert complaint in found
+
+
+def test_a_prompt_of_another_width_or_depth_does_not_fit(refused, own_house: Path, house: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(base, config).save_pretrained(str(own_house / "prompt"))
+    for change in ({"num_hidden_layers": 3}, {"hidden_size": 24}):
+        save_model(own_house / "model", weights=False, **change)
+        assert "prompt does not fit the model" in refused("--adapters", own_house / "prompt")
+
+
+@pytest.mark.parametrize("name", ["seal", "lora", "ia3"])
+def test_another_base_of_the_same_shapes_is_named_in_a_warning_and_a_moved_one_is_not(
+    house: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    check_adapter(str(save_model(tmp_path / "elsewhere" / "model", weights=False)), str(house / name))
+    assert not caplog.messages
+    check_adapter(str(save_model(tmp_path / "other", weights=False)), str(house / name))
+    (message,) = caplog.messages
+    assert f"fits the model {tmp_path / 'other'}, but was trained on {house / 'model'}." in message
 
 
 def test_a_row_that_cannot_be_scored_is_named_by_line_and_field(refused, own_house: Path) -> None:

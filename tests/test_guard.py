@@ -130,7 +130,9 @@ def test_short_answers_are_compared_sample_by_sample() -> None:
     assert summary["base"]["tasks"]["guard_qa"].keys() == {"accuracy", "low", "high", "n"}
     short, small = summary["adapter"]["tasks"].values()
     assert (short["accuracy"], short["n"], small["accuracy"], small["n"]) == (0.125, 2, 0.5, 2)
-    assert short["difference_to_base"] == {"mean": -0.25, "low": -0.25, "high": -0.25, "p_value": 0.5}
+    difference = short["difference_to_base"]
+    assert (difference["mean"], difference["p_value"]) == (-0.25, 0.5)
+    assert difference["low"] < -0.25 < difference["high"]  # two samples that agree prove little
     assert small["difference_to_base"]["mean"] == -0.5
     assert small["difference_to_base"]["p_value"] == 1.0
 

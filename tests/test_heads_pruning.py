@@ -11,6 +11,7 @@ from models import ARCHITECTURES, base_model
 from seal_peft import SealConfig, add_beside
 from seal_peft.heads import find_heads, head_name, parse_head, prune_channels, pruning_map, without_head
 from seal_peft.heads.inputs import collate, score_logits
+from seal_peft.heads.layers import scoring
 from seal_peft.heads.pruning import head_means
 from seal_peft.heads.resume import group_by_beginning
 from seal_peft.tuner.geometry import TARGET_MODULES
@@ -85,7 +86,62 @@ def test_samples_with_one_context_read_it_once() -> None:
     tokens = []
     model.model.layers[0].mlp.register_forward_hook(lambda module, args, output: tokens.append(output.shape[:2]))
     pruning_map(find_heads(model), [row for row in ROWS if row.id != "alone"])
-    assert [tuple(shape) for shape in tokens] == [(1, 14), (3, 6), (4, 14), (12, 6)]
+    assert [tuple(shape) for shape in tokens] == [(1, 14), (12, 6), (4, 14), (12, 6)]
+
+
+def test_in_bf16_a_shared_context_changes_no_bit() -> None:
+    # Eager attention, because torch's on CPUs rounds a row by how many rows stand beside it.
+    model = models.llama(attn_implementation="eager").bfloat16()
+    heads, rows = find_heads(model), [row for row in ROWS if row.id != "alone"]
+    found = pruning_map(heads, rows).logprob
+    for number, row in enumerate(rows):
+        batch, labels = collate([row], torch.device("cpu"))
+        with scoring(heads), torch.inference_mode():
+            before = score_logits(heads.model(**batch).logits, labels).logprob
+            for layer, head in ((0, 0), (0, 3), (1, 2)):
+                with without_head(heads, layer, head):
+                    after = score_logits(heads.model(**batch).logits, labels).logprob
+                # The logits are in fp32, whose rounding is all that is left; a bit in bf16 is a thousand times more.
+                assert found[number, layer, head].item() == pytest.approx((after - before).item(), abs=2e-6)
+    assert found.abs().max() > 0.05
+
+
+@pytest.mark.parametrize("name", ["llama", "opt"])
+def test_ends_are_padded_to_large_products_and_never_past_the_positions_of_the_model(name: str) -> None:
+    model, rows = base_model(name), ROWS[:2]
+    length = max(len(row.input_ids) for row in rows)
+    widths = []
+    for free in (100, 1, 0):
+        model.config.max_position_embeddings = length + free
+        seen = []
+        handle = (
+            find_heads(model).blocks[0].register_forward_hook(lambda m, args, out, s=seen: s.append(args[0].shape))
+        )
+        found = pruning_map(find_heads(model), rows, batch_tokens=1).logprob
+        handle.remove()
+        assert_close(found, prune_slowly(model, rows, ARCHITECTURES[name].projections))
+        widths.append(min(shape[1] for shape in seen))
+    assert widths == [length // 2, length - 14 + 1, length - 14]
+
+
+def test_attention_takes_one_kernel_for_a_text_and_for_its_end() -> None:
+    from torch.nn.attention.bias import CausalBias
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    plain, masks = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+
+    def watched(module, query, key, value, attention_mask, **kwargs):
+        masks.append(attention_mask)
+        return plain(module, query, key, value, attention_mask, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = watched
+    try:
+        pruning_map(find_heads(base_model("llama")), ROWS[:2])
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is watched
+    finally:
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]
+    assert {type(mask) for mask in masks} == {type(None), CausalBias}
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_the_result_does_not_depend_on_the_size_of_a_batch() -> None:

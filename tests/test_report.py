@@ -103,13 +103,16 @@ def test_lines_have_the_intervals_of_the_metrics(tmp_path: Path) -> None:
     assert numbers["threshold"] == 0.856
 
 
-def test_the_report_shows_pictures_effective_lengths_guard_and_wording(tmp_path: Path) -> None:
+def test_the_report_shows_pictures_effective_lengths_guard_and_wording(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     losses, essays = {"base": [2.0, 3.0], "adapter": [2.1, 3.1]}, {"base": [[1, 2]] * 2, "adapter": [[1, 2]] * 2}
     short = [Sample(str(i), "guard_instructions", 0, None, TURNS, "1", ["1"], 0) for i in range(4)]
     scores = {"base": [1.0, 1.0, 1.0, 0.0], "adapter": [1.0, 0.0, 0.0, 0.0]}
     metrics = grid_metrics(
         guard=summarise_guard(losses, essays, short, scores, "base"),
         wording={"needle": ["own"]},
+        haystack={"needle": ["nvidia", "own"]},
         windows={"base": 512, "adapter": None},
         arguments={"model_name_or_path": "my/model", "test_file": "test.jsonl"},
     )
@@ -120,11 +123,11 @@ def test_the_report_shows_pictures_effective_lengths_guard_and_wording(tmp_path:
         assert {path.suffix for path in (tmp_path / "out").glob(f"{name}.*")} == {".png", ".json"}
     assert "Model: `my/model`\n\nSamples: `test.jsonl`" in text
     assert table(text, "task")[2:] == [
-        ["needle", "512", "4", "0.750 (0.30 to 0.95)", "0.750 (0.30 to 0.95)"],
-        ["needle", "1024", "4", "0.250\\* (0.05 to 0.70)", "0.750 (0.30 to 0.95)"],
+        ["needle (own wording)", "512", "4", "0.750 (0.30 to 0.95)", "0.750 (0.30 to 0.95)"],
+        ["needle (own wording)", "1024", "4", "0.250\\* (0.05 to 0.70)", "0.750 (0.30 to 0.95)"],
     ]
     assert "\\* longer than what the system reaches: base 512 tokens." in text
-    assert ["needle", "none", "none"] in table(text.partition("## Effective length")[2], "task")
+    assert ["needle (own wording)", "none", "none"] in table(text.partition("## Effective length")[2], "task")
     base, adapter = table(text.partition("## Short contexts")[2], "system")[2:]
     assert base == ["base", "12.18", "2.500", "2.000 to 3.000", ""]
     assert adapter[-1] == "+0.1000 (+0.1000 to +0.1000)"
@@ -132,7 +135,13 @@ def test_the_report_shows_pictures_effective_lengths_guard_and_wording(tmp_path:
     assert base[:2] == ["base", "0.750"]
     assert adapter[:2] == ["adapter", "0.250"]
     assert adapter[4].startswith("-0.500 (")
-    assert "not comparable with published scores: needle." in text
+    own = "In a wording of our own, so not comparable with published scores: needle."
+    assert own in text.partition("## Scores")[0]
+    assert "Hidden in plain sentences of ours, not in essays: needle." in text
+    for name in ("needle-lengths", "needle-depths"):
+        assert json.loads((tmp_path / "out" / f"{name}.json").read_text())["task"] == "needle (own wording)"
+    cli._show(metrics)  # what `evaluate` prints
+    assert own in capsys.readouterr().out.splitlines()
 
 
 def test_a_terminal_gets_a_drawn_table_and_a_pipe_gets_markdown(

@@ -47,22 +47,48 @@ def test_the_interval_of_given_scores_is_always_the_same_one(scores: list[float]
     assert mean_interval(scores) == first
 
 
-def paired(both: int, ours: int, theirs: int, neither: int) -> tuple[float, float, float]:
-    """Difference of two systems, by how many samples which of them got right."""
-    scores = [1.0] * both + [1.0] * ours + [0.0] * theirs + [0.0] * neither
-    base = [1.0] * both + [0.0] * ours + [1.0] * theirs + [0.0] * neither
-    return paired_difference(scores, base)
+def pairs_of(both: int, ours: int, theirs: int, neither: int) -> tuple[list[float], list[float]]:
+    """Scores of two systems, by how many samples which of them got right."""
+    right, wrong = [1.0], [0.0]
+    scores = right * (both + ours) + wrong * (theirs + neither)
+    return scores, right * both + wrong * ours + right * theirs + wrong * neither
 
 
-def test_paired_right_or_wrong_scores_get_newcombes_interval() -> None:
-    # Newcombe 1998, Statistics in Medicine 17, table II, first example, method 10: 36, 12, 2, 0.
-    assert paired(36, 12, 2, 0) == pytest.approx((0.2, 0.0569, 0.3404), abs=5e-5)
+@pytest.mark.parametrize("counts", [(20, 14, 4, 12), (0, 3, 1, 46), (40, 0, 8, 2)])
+def test_a_difference_gets_the_interval_of_a_slow_bootstrap_over_pairs(counts: tuple[int, int, int, int]) -> None:
+    pairs = list(zip(*pairs_of(*counts), strict=True))
+    rng = random.Random(1)
+    draws = (rng.choices(pairs, k=len(pairs)) for _ in range(4000))
+    means = sorted(sum(a - b for a, b in draw) / len(draw) for draw in draws)
+    difference, low, high = paired_difference(*pairs_of(*counts))
+    assert difference == pytest.approx((counts[1] - counts[2]) / 50)
+    assert (low, high) == pytest.approx((means[100], means[-101]), abs=0.021)
 
 
-def test_a_difference_without_exception_is_still_not_certain() -> None:
-    difference, low, high = paired(0, 40, 0, 0)
-    assert (difference, high) == (1.0, 1.0)
-    assert low == pytest.approx(1 - math.sqrt(2) * 0.08762, abs=5e-5)
+@pytest.mark.parametrize(
+    ("counts", "low", "high"),
+    # By hand: all 40 agree, so at most 1 - 0.025 ** (1 / 40) = 8.81% of all samples do not, up to -1 or +1 each.
+    [((0, 40, 0, 0), 1 - 2 * 0.0881, 1.0), ((40, 0, 0, 0), -0.0881, 0.0881), ((0, 0, 0, 40), -0.0881, 0.0881)],
+)
+def test_a_difference_without_exception_is_still_not_certain(
+    counts: tuple[int, int, int, int], low: float, high: float
+) -> None:
+    assert paired_difference(*pairs_of(*counts))[1:] == pytest.approx((low, high), abs=5e-5)
+
+
+def test_equal_graded_scores_are_not_certain_either() -> None:
+    assert mean_interval([0.5] * 40) == pytest.approx((0.5, 0.5 - 0.04405, 0.5 + 0.04405), abs=5e-5)
+
+
+@pytest.mark.parametrize("ours", [0.02, 0.1, 0.4])
+def test_the_interval_of_a_difference_holds_the_truth_as_often_as_it_says(ours: float) -> None:
+    rng = random.Random(2)
+    held = 0
+    for _ in range(300):
+        scores = [float(rng.random() < ours) for _ in range(60)]
+        _, low, high = paired_difference(scores, [0.0] * 60)
+        held += low <= ours <= high
+    assert held >= 0.88 * 300
 
 
 @given(pairs=st.lists(st.tuples(*[st.sampled_from([0.0, 0.5, 1.0])] * 2), min_size=1, max_size=40))
@@ -72,8 +98,7 @@ def test_a_difference_lies_in_its_interval_and_turns_around_with_its_sides(pairs
     assert -1.0 <= low <= difference + 1e-12
     assert difference - 1e-12 <= high <= 1.0
     assert difference == pytest.approx(sum(scores) / len(scores) - sum(base) / len(base))
-    if all(score != 0.5 for pair in pairs for score in pair):
-        assert paired_difference(base, scores) == pytest.approx((-difference, -high, -low))
+    assert paired_difference(base, scores) == pytest.approx((-difference, -high, -low))
 
 
 @pytest.mark.parametrize(("scores", "base"), [([], []), ([1.0], [1.0, 0.0])])

@@ -17,6 +17,7 @@ from torch.nn import functional
 from ..tuner import SealConfig
 from ..tuner.geometry import HeadGeometry, default_target_modules
 from ..tuner.targets import geometry_of
+from .kernels import one_attention_kernel
 
 
 class HeadLayer(NamedTuple):
@@ -152,7 +153,8 @@ def parse_head(name: str, heads: Heads) -> tuple[int, int]:
 def scoring(heads: Heads) -> Iterator[None]:
     """Within it the model is in eval mode, its weights are frozen, and its logits are computed in fp32.
 
-    Rounded to bf16, a logit of 20 moves in steps of 0.125, which is more than most heads change.
+    Rounded to bf16, a logit of 20 moves in steps of 0.125, which is more than most heads change. Attention keeps to
+    one kernel, so that a text read in parts has the values of a text read in one go.
     """
     base = heads.base
     training, trained = base.training, [p for p in base.parameters() if p.requires_grad]
@@ -164,7 +166,8 @@ def scoring(heads: Heads) -> Iterator[None]:
             hidden.float(), head.weight.float(), None if head.bias is None else head.bias.float()
         )
     try:
-        yield
+        with one_attention_kernel():
+            yield
     finally:
         if plain:
             del head.forward

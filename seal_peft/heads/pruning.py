@@ -116,12 +116,11 @@ def _prune(
         if ablation == "mean":
             fill = head_means(heads, rows)
         for group in group_by_beginning(heads, rows):
-            read = read_samples_once(heads, [rows[index] for index in group])
+            read = read_samples_once(heads, [rows[index] for index in group], batch_tokens)
             base[:, group] = torch.stack(read.base).cpu()
-            several = max(1, batch_tokens // read.cost)
             for layer, own in enumerate(parts):
-                for start in range(0, len(own), several):
-                    chunk = own[start : start + several]
+                for start in range(0, len(own), read.several):
+                    chunk = own[start : start + read.several]
                     scores = read.run(layer, len(chunk), partial(_take_out, parts=chunk, fill=fill[layer]))
                     for part, after in zip(chunk, torch.stack(scores, dim=-1).cpu(), strict=True):
                         flat[:, group, part.place] = after.T

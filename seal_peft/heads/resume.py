@@ -20,6 +20,9 @@ from ..tokens import IGNORED
 from .inputs import AnswerScore, EncodedSample, collate, score_logits
 from .layers import Heads
 
+# Rows from which on a product of matrices is no small one.
+_LARGE_PASS = 4096
+
 # Given the concatenated heads `(rows, tokens, features)` of a layer, returns what its output projection reads instead.
 Edit = Callable[[Tensor], Tensor]
 
@@ -28,11 +31,11 @@ class Resumable(Protocol):
     """Samples that a model has read once.
 
     Attributes:
-        cost: Tokens that one variant takes memory for.
+        several: Variants that fit in one batch.
         base: How the unchanged model does on each sample.
     """
 
-    cost: int
+    several: int
     base: AnswerScore
 
     def run(self, layer: int, variants: int, edit: Edit) -> AnswerScore:
@@ -45,11 +48,17 @@ class Resumable(Protocol):
         """
 
 
-def read_samples_once(heads: Heads, rows: Sequence[EncodedSample]) -> Resumable:
-    """Run the unchanged model over samples that share a beginning, or over one sample."""
+def read_samples_once(heads: Heads, rows: Sequence[EncodedSample], batch_tokens: int) -> Resumable:
+    """Run the unchanged model over samples that share a beginning, or over one sample.
+
+    Args:
+        heads: The heads of a model.
+        rows: The samples.
+        batch_tokens: Tokens that go through a layer together.
+    """
     if len(rows) > 1:
-        return _Shared(heads, rows)
-    return _Single(heads, rows[0])
+        return _Shared(heads, rows, batch_tokens)
+    return _Single(heads, rows[0], batch_tokens)
 
 
 def group_by_beginning(heads: Heads, rows: Sequence[EncodedSample]) -> list[list[int]]:
@@ -96,10 +105,10 @@ def _can_continue(heads: Heads) -> bool:
 class _Single:
     """One sample. What enters each layer is kept; a variant costs the layers from its own on."""
 
-    def __init__(self, heads: Heads, row: EncodedSample) -> None:
+    def __init__(self, heads: Heads, row: EncodedSample, batch_tokens: int) -> None:
         self._heads = heads
         self._batch, self._labels = collate([row], heads.base.device)
-        self.cost = len(row.input_ids)
+        self.several = max(1, batch_tokens // len(row.input_ids))
         with _recording(heads) as self._record:
             self.base = score_logits(_logits(heads, self._batch), self._labels)
 
@@ -113,29 +122,43 @@ class _Single:
 class _Shared:
     """Samples with one beginning, which a variant reads once; the rest of every sample continues from its cache."""
 
-    def __init__(self, heads: Heads, rows: Sequence[EncodedSample]) -> None:
+    def __init__(self, heads: Heads, rows: Sequence[EncodedSample], batch_tokens: int) -> None:
         self._heads = heads
         start = rows[0].input_ids[: rows[0].first]
         for row in rows[1:]:
             start = start[: _common(start, row.input_ids[: row.first])]
         self._length, self._samples = len(start), len(rows)
         # Keys and values are copied for every sample, which takes less memory than a token on its way through a layer.
-        self.cost = self._length * max(1, self._samples // 4)
+        self.several = max(1, batch_tokens // (self._length * max(1, self._samples // 4)))
         self._start = torch.tensor([start], device=heads.base.device)
         ends = [row.input_ids[len(start) :] for row in rows]
-        width = max(map(len, ends))
+        # The unchanged ends run in a batch like those of the variants, too.
+        variants = min(self.several, heads.shape[1])
+        longest = max(map(len, ends))
+        width = self._width(longest, variants)
         # Padding stands behind the end, where nothing that counts sees it; before it, it would fill sliding windows.
         self._ends = torch.tensor([end + [0] * (width - len(end)) for end in ends], device=heads.base.device)
         labels = [
-            row.labels[len(start) + 1 :] + [IGNORED] * (width - len(end) + 1)
+            row.labels[len(start) + 1 :] + [IGNORED] * (longest - len(end) + 1)
             for row, end in zip(rows, ends, strict=True)
         ]
-        first = min(row.first - len(start) for row in rows)
-        self._labels = torch.tensor(labels, device=heads.base.device)[:, first:]
+        self._keep = torch.arange(min(row.first - len(start) for row in rows), longest, device=heads.base.device)
+        self._labels = torch.tensor(labels, device=heads.base.device)[:, self._keep]
         with _recording(heads) as self._start_record:
             self._cache = self._read(1)
         with _recording(heads) as self._end_record:
-            self.base = AnswerScore(*(value[0] for value in self._finish(self._cache, 1)))
+            self.base = AnswerScore(*(value[0] for value in self._finish(self._cache, variants)))
+        self._end_record.inputs[:] = [hidden[: self._samples].clone() for hidden in self._end_record.inputs]
+
+    def _width(self, longest: int, variants: int) -> int:
+        """Tokens of each end, with padding: a batch of ends has as many rows as a full pass, or as a large one.
+
+        A product of few rows gets another kernel than one of many, which adds up its columns in another order.
+        """
+        rows = min(self._length + longest, _LARGE_PASS)
+        window = getattr(self._heads.base.config.get_text_config(), "max_position_embeddings", None)
+        wanted = rows // (variants * self._samples)
+        return max(longest, min(wanted, (window or wanted + self._length) - self._length))
 
     def run(self, layer: int, variants: int, edit: Edit) -> AnswerScore:
         def edit_all(z: Tensor) -> Tensor:
@@ -168,8 +191,8 @@ class _Shared:
                 for part in (layer.keys, layer.values)
             )
             cache.update(keys, values, index)
-        ids, keep = self._ends.repeat(variants, 1), self._labels.shape[1]
-        logits = self._heads.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        batch = {"input_ids": self._ends.repeat(variants, 1), "past_key_values": cache, "use_cache": True}
+        logits = self._heads.model(**batch, logits_to_keep=self._keep).logits
         scores = score_logits(logits, self._labels.repeat(variants, 1))
         return AnswerScore(*(value.unflatten(0, (variants, self._samples)) for value in scores))
 

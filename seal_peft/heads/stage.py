@@ -58,7 +58,13 @@ class HeadsArguments:
     """Which heads to score, on what, and how."""
 
     model_name_or_path: str = field(metadata={"help": "Base model: Hub id, local folder, or `smollm2`."})
-    test_file: str = field(metadata={"help": "Samples, one JSON row each; maps are made for each length in it."})
+    test_file: str = field(
+        metadata={
+            "help": "Samples, one JSON row each: what `seal-peft make-data` writes, or your own. Maps are made for "
+            "each length in it.",
+            "aliases": ["--task_file"],
+        }
+    )
     output_dir: str = field(metadata={"help": "Folder for the maps, tables and pictures."})
     adapter: str | None = field(
         default=None, metadata={"help": "SEAL adapter whose scales stand beside the scores of the base model."}
