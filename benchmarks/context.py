@@ -3,11 +3,11 @@
 Every extension answers alone, under SEAL-C, and under SEAL-C with temperatures; all are trained on the same samples,
 of mixed lengths up to 31K. Three steps, each of which goes on where it was interrupted:
 
-    python benchmarks/context.py data  --folder runs/context            # CPU; a few minutes
-    python benchmarks/context.py run   --folder runs/context --tasks lines --systems ntk ntk+seal-c
+    python benchmarks/context.py data  --folder runs/context            # CPU; needs the tokenizer and the essays only
+    python benchmarks/context.py run   --folder runs/context --workers 8
     python benchmarks/context.py merge --folder runs/context --output results/context-smollm2.json
 
-`run` takes any of the systems, so that several processes share a GPU. A trial on a CPU:
+`run` shares systems and tasks out to `--workers` processes, which are spread over the GPUs. A trial on a CPU:
 
     python benchmarks/context.py data --folder /tmp/c --lengths 1024 --train_lengths 1024 --contexts 2 --num_samples 2
     python benchmarks/context.py run  --folder /tmp/c --systems ntk self-extend+seal-c+temperature
@@ -17,75 +17,76 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
+import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+import torch
+from context_systems import EXTENSIONS, METHODS, SYSTEMS, adapter_is_there, by_cost, is_trained
+from context_table import merge
 from peft import get_peft_model
-from tqdm.auto import tqdm
+from together import answers_together, batches_of
 
 from seal_peft import SealConfig
 from seal_peft.data import make_samples, read_samples, write_samples
 from seal_peft.files import write_json
-from seal_peft.generation import generate_answers
 from seal_peft.loading import load_adapter, load_model, load_tokenizer, unload_adapter
 from seal_peft.provenance import provenance
-from seal_peft.report import markdown_table
-from seal_peft.statistics import summarise
-from seal_peft.tasks import get_task
+from seal_peft.tasks import Sample, get_task
 from seal_peft.tokens import encode_prompt
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
 
 TASKS = ("lines", "needle")
-EXTENSIONS: dict[str, dict[str, dict[str, Any]]] = {
-    # The model's own rotation, only told that it may go on.
-    "base": {"rope_parameters": {"rope_type": "default", "max_position_embeddings": 32768}},
-    "linear": {"rope_parameters": {"rope_type": "linear", "factor": 4.0}},
-    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
-    "ntk": {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}},
-    "yarn": {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}},
-    "self-extend": {"self_extend": {"group_size": 8, "window": 1024}},
-}
-METHODS = {"": [], "+seal-c": ["output"], "+seal-c+temperature": ["output", "query"]}
-SYSTEMS = {extension + method: (extension, method) for extension in EXTENSIONS for method in METHODS}
+# Longer training texts are fewer, so that no length has more tokens than this one.
+FULL_LENGTH = 12_288
+# Keys and values of so many tokens of SmolLM2 take 4.6 GB.
+BATCH_TOKENS = 200_000
+
+
+# -- samples ----------------------------------------------------------------------------------------------------------
 
 
 def make_data(arguments: argparse.Namespace) -> None:
-    """Write the samples that all systems share."""
-    tokenizer = load_tokenizer(arguments.model)
+    """Write the samples that all systems share, each length in a process of its own."""
+    jobs = {}
     for task in arguments.tasks:
-        per_length = max(1, arguments.contexts // len(arguments.train_lengths))
-        parts: dict[str, dict[str, Any]] = {
-            "train": {
-                "lengths": arguments.train_lengths,
-                "num_samples": per_length,
-                "questions_per_context": arguments.questions,
-            },
-            "test": {"lengths": arguments.lengths, "num_samples": arguments.num_samples},
-        }
-        for split, numbers in parts.items():
+        for split in ("train", "test"):
             path = arguments.folder / f"{task}-{split}.jsonl"
+            lengths = arguments.train_lengths if split == "train" else arguments.lengths
             if not path.is_file():
-                write_samples(path, make_samples(task, tokenizer=tokenizer, split=split, **numbers))
+                jobs[path] = [(arguments.model, task, split, n, *counts(arguments, split, n)) for n in lengths]
+    with ProcessPoolExecutor() as pool:
+        made = {path: [pool.submit(_samples, *job) for job in own] for path, own in jobs.items()}
+        for path, futures in made.items():
+            write_samples(path, [sample for future in futures for sample in future.result()])
 
 
-def run(arguments: argparse.Namespace) -> None:
-    """Train and ask the chosen systems, one after the other."""
-    tokenizer = load_tokenizer(arguments.model)
-    for task in arguments.tasks:
-        for system in arguments.systems:
-            folder = arguments.folder / task / system
-            if not (folder / "adapter" / "adapter_config.json").is_file():
-                make_adapter(arguments, task, system, folder / "adapter")
-            ask(arguments, task, folder, tokenizer)
+def counts(arguments: argparse.Namespace, split: str, length: int) -> tuple[int, int]:
+    """How many contexts of a length, and how many questions about each."""
+    if split == "test":
+        return arguments.num_samples, 1
+    return max(1, round(arguments.contexts * min(1, FULL_LENGTH / length))), arguments.questions
+
+
+def _samples(model: str, task: str, split: str, length: int, num_samples: int, questions: int) -> list[Sample]:
+    tokenizer = load_tokenizer(model)
+    numbers: dict[str, Any] = {"num_samples": num_samples, "questions_per_context": questions}
+    return make_samples(task, tokenizer=tokenizer, split=split, lengths=[length], **numbers)
+
+
+# -- one system -------------------------------------------------------------------------------------------------------
 
 
 def make_adapter(arguments: argparse.Namespace, task: str, system: str, folder: Path) -> None:
     """Train a system's scales, or save the extension alone."""
     extension, method = SYSTEMS[system]
-    if not METHODS[method]:
+    if not is_trained(system):
         config = SealConfig(sites=(), task_type="CAUSAL_LM", **EXTENSIONS[extension])
         get_peft_model(load_model(arguments.model), config).save_pretrained(str(folder))
         return
@@ -99,111 +100,102 @@ def make_adapter(arguments: argparse.Namespace, task: str, system: str, folder: 
         ),
         SealTrainingArguments(
             output_dir=str(folder),
+            num_train_epochs=1,
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=2,
             gradient_accumulation_steps=arguments.accumulate,
             activation_checkpointing=True,
             seed=arguments.seed,
+            disable_tqdm=True,
+            logging_steps=0.05,
         ),
     )
 
 
-def ask(arguments: argparse.Namespace, task: str, folder: Path, tokenizer: Any) -> None:
-    """Answer what has not been answered yet; one prompt at a time, so that no padding slows attention down."""
-    samples = read_samples(arguments.folder / f"{task}-test.jsonl")
+@cache
+def prompts_of(model: str, path: Path) -> tuple[list[Sample], list[list[int]]]:
+    """Samples of a file, and their prompts; once a process."""
+    samples, tokenizer = read_samples(path), load_tokenizer(model)
+    return samples, [encode_prompt(sample, tokenizer) for sample in samples]
+
+
+def ask(arguments: argparse.Namespace, task: str, folder: Path) -> None:
+    """Answer what has not been answered yet."""
+    samples, prompts = prompts_of(arguments.model, arguments.folder / f"{task}-test.jsonl")
     record = folder / "answers.jsonl"
     lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
     answered = {json.loads(line)["id"] for line in lines}
-    todo = [sample for sample in samples if sample.id not in answered]
+    # Batches are those of all samples, so that a run that goes on pads as one that was never interrupted.
+    batches = batches_of(prompts, arguments.batch_tokens)
+    todo = [batch for batch in batches if not {samples[i].id for i in batch} <= answered]
     if not todo:
         return
+    tokenizer, rule, started = load_tokenizer(arguments.model), get_task(task), time.monotonic()
     model = load_adapter(load_model(arguments.model), str(folder / "adapter"))
-    rule, started = get_task(task), time.monotonic()
     with record.open("a", encoding="utf-8") as file:
-        for sample in tqdm(todo, desc=f"{task}, {folder.name}"):
-            prompt = encode_prompt(sample, tokenizer)
-            (answer,) = generate_answers(model, tokenizer, [prompt], rule.max_new_tokens)
-            row = {"id": sample.id, "answer": answer, "score": rule.score(answer, sample.answers)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        for batch in todo:
+            answers = answers_together(model, tokenizer, [prompts[i] for i in batch], rule.max_new_tokens)
+            for i, answer in zip(batch, answers, strict=True):
+                row = {"id": samples[i].id, "answer": answer, "score": rule.score(answer, samples[i].answers)}
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
             file.flush()
     unload_adapter(model)
-    write_json(folder / "asked.json", {"seconds": time.monotonic() - started, "rows": len(todo), **provenance()})
-
-
-def merge(arguments: argparse.Namespace) -> None:
-    """Put all answers together: results, table, picture."""
-    results: dict[str, Any] = {"extensions": EXTENSIONS, "tasks": {}, "training": {}}
-    for task in arguments.tasks:
-        samples = read_samples(arguments.folder / f"{task}-test.jsonl")
-        scores = {}
-        for system in arguments.systems:
-            folder = arguments.folder / task / system
-            rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-            by_id = {row["id"]: row["score"] for row in rows}
-            if missing := [sample.id for sample in samples if sample.id not in by_id]:
-                raise SystemExit(f"{folder} lacks {len(missing)} answers: run it again.")
-            scores[system] = [by_id[sample.id] for sample in samples]
-            results["training"][f"{task}, {system}"] = training_of(folder / "adapter" / "run.json")
-            results["device of the answers"] = json.loads((folder / "asked.json").read_text())["device"]
-        results["tasks"][task] = summarise(samples, scores, "base")
-        print(f"\n{task}\n{table(results['tasks'][task], arguments.systems)}")
-    write_json(arguments.output, {"arguments": {**vars(arguments), "folder": None}, **results, **provenance()})
-    picture(results["tasks"], arguments.systems, arguments.picture or Path(arguments.output).with_suffix(".png"))
-
-
-def training_of(record: Path) -> dict[str, Any] | None:
-    """What a training cost, if there was one."""
-    if not record.is_file():
-        return None
-    run = json.loads(record.read_text(encoding="utf-8"))
-    names = ("seconds", "tokens", "steps", "samples", "peak_memory_bytes", "device", "commit", "trainable_parameters")
-    rate = run["training_arguments"]["learning_rate"]
-    return {**{name: run[name] for name in names}, "learning_rate": rate, "final_loss": run["loss_curve"][-1]["loss"]}
-
-
-def cells(summary: dict[str, Any], system: str) -> dict[int, float]:
-    """Mean score by length; depths were drawn at random."""
-    found = {cell["length"]: cell["accuracy"] for cell in summary["cells"] if cell["system"] == system}
-    return dict(sorted(found.items()))
-
-
-def table(summary: dict[str, Any], systems: list[str]) -> str:
-    """Systems by lengths."""
-    lengths = list(cells(summary, systems[0]))
-    rows = [["system", *(f"{length:,}" for length in lengths)]]
-    for system in systems:
-        rows.append([system, *(f"{score:.2f}" for score in cells(summary, system).values())])
-    return markdown_table(rows)
-
-
-def picture(tasks: dict[str, Any], systems: list[str], path: Path) -> None:
-    """Score against length: a colour for each extension, a dash for each method."""
-    figure = Figure(figsize=(5.5 * len(tasks), 4.2), layout="constrained")
-    colours = dict(
-        zip(EXTENSIONS, ("0.5", "tab:orange", "tab:green", "tab:blue", "tab:red", "tab:purple"), strict=True)
+    write_json(
+        folder / "asked.json", {"seconds": time.monotonic() - started, "rows": sum(map(len, todo)), **provenance()}
     )
-    styles = dict(zip(METHODS, (":", "--", "-"), strict=True))
-    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
-    for panel, (task, summary) in zip(panels, tasks.items(), strict=True):
-        for system in systems:
-            extension, method = SYSTEMS[system]
-            points = cells(summary, system)
-            look = {"color": colours[extension], "linestyle": styles[method], "marker": "o", "markersize": 3}
-            panel.plot([length / 1024 for length in points], list(points.values()), label=system, **look)
-        panel.axvline(8, color="0.8", linewidth=1)
-        panel.set(title=task, xlabel="length (thousands of tokens)", ylim=(-0.03, 1.03))
-        panel.set_xticks([length / 1024 for length in points])
-    panels[0].set_ylabel("score")
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
-    FigureCanvasAgg(figure).print_png(str(path))
-    print(f"\nwritten to {path}")
+
+
+# -- all of them ------------------------------------------------------------------------------------------------------
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Train and ask the chosen systems, in worker processes."""
+    claims = arguments.folder / "claims"
+    claims.mkdir(exist_ok=True)
+    for claim in claims.iterdir():
+        claim.unlink()
+    gpus = max(1, torch.cuda.device_count())
+    command = [sys.executable, __file__, "work", *sys.argv[2:]]
+    running = [
+        subprocess.Popen(command, env={**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)})
+        for number in range(arguments.workers)
+    ]
+    try:
+        if any([process.wait() for process in running]):
+            sys.exit("A worker failed; the same command goes on from what is finished.")
+    finally:  # an interrupt ends the workers, too
+        for process in running:
+            process.terminate()
+
+
+def work(arguments: argparse.Namespace) -> None:
+    """Do a share of the tasks and systems."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // arguments.workers))
+    for task, system in claimed(arguments):
+        folder, started = arguments.folder / task / system, time.monotonic()
+        if not adapter_is_there(folder / "adapter", system):
+            make_adapter(arguments, task, system, folder / "adapter")
+        made = time.monotonic()
+        ask(arguments, task, folder)
+        print(f"{task}, {system}: {made - started:.0f} s + {time.monotonic() - made:.0f} s", flush=True)
+
+
+def claimed(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
+    """Yield the tasks and systems that no other process has begun in this call."""
+    jobs = [(task, system) for task in arguments.tasks for system in arguments.systems]
+    for task, system in sorted(jobs, key=by_cost):
+        try:
+            (arguments.folder / "claims" / f"{task}-{system}").touch(exist_ok=False)
+        except FileExistsError:
+            continue
+        yield task, system
 
 
 def main() -> None:
     """Do one step."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("step", choices=["data", "run", "merge"])
+    parser.add_argument("step", choices=["data", "run", "work", "merge"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
@@ -213,15 +205,17 @@ def main() -> None:
     parser.add_argument(
         "--train_lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 31744]
     )
-    parser.add_argument("--contexts", type=int, default=240, help="training contexts, shared out over the lengths")
+    parser.add_argument("--contexts", type=int, default=32, help="training contexts of each length; fewer beyond 12K")
     parser.add_argument("--questions", type=int, default=8, help="questions per training context")
     parser.add_argument("--learning_rate", type=float, default=2e-2)
     parser.add_argument("--accumulate", type=int, default=1, help="contexts per optimiser step")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, help="processes of `run`")
+    parser.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help="tokens that are answered together")
     parser.add_argument("--output", default="results/context-smollm2.json")
     parser.add_argument("--picture", type=Path, help="default: beside the output")
     arguments = parser.parse_args()
-    {"data": make_data, "run": run, "merge": merge}[arguments.step](arguments)
+    {"data": make_data, "run": run, "work": work, "merge": merge}[arguments.step](arguments)
 
 
 if __name__ == "__main__":

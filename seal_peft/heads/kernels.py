@@ -1,7 +1,7 @@
 """Attention by the same kernel wherever a token stands, so that bf16 values depend on the text and not on the batch.
 
-In bf16 the last bit of one attention output, changed in one layer, moves the log-probability of an answer by hundredths
-at the end. What is computed in parts equals what is computed in one go only if no such bit changes.
+In bf16 the last bit of one attention output, changed in one layer, moves the log-probability of an answer by
+hundredths. What is computed in parts equals what is computed in one go only if no such bit changes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch.nn.attention.bias import causal_lower_right
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-# Without cuDNN's, which torch prefers on some GPUs: it has no kernel for the end of a text behind its cached beginning.
+# Without cuDNN's, which torch prefers on some GPUs: it has no kernel for the end of a text behind a cached beginning.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 _MARK = "_is_causal_to_the_end"
 

@@ -1,0 +1,92 @@
+"""All answers of benchmarks/context.py put together: results, table, picture."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from context_systems import EXTENSIONS, METHODS, SYSTEMS
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from seal_peft.data import read_samples
+from seal_peft.files import write_json
+from seal_peft.provenance import provenance
+from seal_peft.report import markdown_table
+from seal_peft.statistics import summarise
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Put all answers together: results, table, picture."""
+    results: dict[str, Any] = {"extensions": EXTENSIONS, "tasks": {}, "training": {}}
+    for task in arguments.tasks:
+        samples = read_samples(arguments.folder / f"{task}-test.jsonl")
+        scores = {}
+        for system in arguments.systems:
+            folder = arguments.folder / task / system
+            rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+            by_id = {row["id"]: row["score"] for row in rows}
+            if missing := [sample.id for sample in samples if sample.id not in by_id]:
+                raise SystemExit(f"{folder} lacks {len(missing)} answers: run it again.")
+            scores[system] = [by_id[sample.id] for sample in samples]
+            results["training"][f"{task}, {system}"] = training_of(folder / "adapter" / "run.json")
+            results["device of the answers"] = json.loads((folder / "asked.json").read_text())["device"]
+        results["tasks"][task] = summarise(samples, scores, "base")
+        print(f"\n{task}\n{table(results['tasks'][task], arguments.systems)}")
+    write_json(arguments.output, {"arguments": told(arguments), **results, **provenance()})
+    picture(results["tasks"], arguments.systems, arguments.picture or Path(arguments.output).with_suffix(".png"))
+
+
+def told(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Settings as JSON values, without where things stand."""
+    return {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
+
+
+def training_of(record: Path) -> dict[str, Any] | None:
+    """What a training cost, if there was one."""
+    if not record.is_file():
+        return None
+    run = json.loads(record.read_text(encoding="utf-8"))
+    names = ("seconds", "tokens", "steps", "samples", "peak_memory_bytes", "device", "commit", "trainable_parameters")
+    rate = run["training_arguments"]["learning_rate"]
+    return {**{name: run[name] for name in names}, "learning_rate": rate, "final_loss": run["loss_curve"][-1]["loss"]}
+
+
+def cells(summary: dict[str, Any], system: str) -> dict[int, float]:
+    """Mean score by length; depths were drawn at random."""
+    found = {cell["length"]: cell["accuracy"] for cell in summary["cells"] if cell["system"] == system}
+    return dict(sorted(found.items()))
+
+
+def table(summary: dict[str, Any], systems: list[str]) -> str:
+    """Systems by lengths."""
+    lengths = list(cells(summary, systems[0]))
+    rows = [["system", *(f"{length:,}" for length in lengths)]]
+    for system in systems:
+        rows.append([system, *(f"{score:.2f}" for score in cells(summary, system).values())])
+    return markdown_table(rows)
+
+
+def picture(tasks: dict[str, Any], systems: list[str], path: Path) -> None:
+    """Score against length: a colour for each extension, a dash for each method."""
+    figure = Figure(figsize=(5.5 * len(tasks), 4.2), layout="constrained")
+    colours = dict(
+        zip(EXTENSIONS, ("0.5", "tab:orange", "tab:green", "tab:blue", "tab:red", "tab:purple"), strict=True)
+    )
+    styles = dict(zip(METHODS, (":", "--", "-"), strict=True))
+    panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
+    for panel, (task, summary) in zip(panels, tasks.items(), strict=True):
+        for system in systems:
+            extension, method = SYSTEMS[system]
+            points = cells(summary, system)
+            look = {"color": colours[extension], "linestyle": styles[method], "marker": "o", "markersize": 3}
+            panel.plot([length / 1024 for length in points], list(points.values()), label=system, **look)
+        panel.axvline(8, color="0.8", linewidth=1)
+        panel.set(title=task, xlabel="length (thousands of tokens)", ylim=(-0.03, 1.03))
+        panel.set_xticks([length / 1024 for length in points])
+    panels[0].set_ylabel("score")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
+    FigureCanvasAgg(figure).print_png(str(path))
+    print(f"\nwritten to {path}")
