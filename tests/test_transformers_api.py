@@ -1,5 +1,6 @@
 """SEAL through transformers' own adapter API and Trainer, without and with PEFT's wrapper."""
 
+import copy
 import json
 import math
 import shutil
@@ -135,6 +136,23 @@ def test_unknown_and_taken_names_are_refused(tmp_path):
     with pytest.raises(ValueError, match="typo"):
         model.delete_adapter("typo")
     assert torch.equal(logits(model), expected)
+
+
+def test_names_of_rows_are_refused_without_pefts_wrapper(tmp_path):
+    expected = saved(tmp_path)
+    model = base_model("llama")
+    model.load_adapter(tmp_path)
+    model.load_adapter(tmp_path, "other")
+    for same in (model, copy.deepcopy(model), get_peft_model(base_model("llama"), SealConfig()).get_base_model()):
+        with pytest.raises(ValueError, match="needs PEFT's wrapper"):
+            same(input_ids=INPUT_IDS, adapter_names=["default", "other"])
+    with pytest.raises(ValueError, match="not used by the model: .'adapter_names'"):  # transformers' own
+        model.generate(input_ids=INPUT_IDS, adapter_names=["default", "other"], max_new_tokens=2)
+    model.set_adapter("default")
+    assert torch.equal(logits(model), expected)
+    plain = adapted("llama").unload()
+    with torch.no_grad():  # as models without adapters do
+        assert torch.equal(plain(INPUT_IDS, adapter_names=["default"]).logits, logits(base_model("llama")))
 
 
 def test_a_loaded_adapter_can_be_trainable_and_then_moves(tmp_path):

@@ -90,7 +90,10 @@ class SealLayer(BaseTunerLayer):
                 nn.init.normal_(self.offset(adapter_name), std=_RANDOM_INIT_STD)
         self.seal_alpha[adapter_name] = 1.0
         self._move_adapter_to_device_of_base_layer(adapter_name)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        if adapter_name in self.seal_delta:
+            # PEFT's layers set this for all their adapters again; with thousands, adding one more takes seconds.
+            trains = adapter_name in self.active_adapters and not config.inference_mode
+            self.seal_delta[adapter_name].requires_grad_(trains)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Choose the active adapters; those that ask for different RoPE are refused before anything changes."""

@@ -21,7 +21,7 @@ from .config import SealConfig, Site, check_sites
 from .geometry import TARGET_MODULES, default_target_modules, is_linear
 from .layer import Linear, SealLayer
 from .query import QueryLinear, QueryNorm
-from .rows import scaled_rows
+from .rows import refuse_names, scaled_rows
 from .targets import check_targets, geometry_of, is_target
 
 
@@ -110,6 +110,8 @@ class SealModel(BaseTuner):
         rope = position_switch(model)
         wanted = positions.wanted(rope, self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if "_refuses_adapter_names" not in vars(model):
+            vars(model)["_refuses_adapter_names"] = refuse_names(model)
         if rope is not None:
             positions.connect(rope, model, self.peft_config, adapter_name, wanted)
 
@@ -173,6 +175,8 @@ class SealModel(BaseTuner):
             self._check_layers(kwargs.get("adapter_names"), get_args(Site))
         with positions.unloading(position_switch(self.model), self.model, names):
             super()._unload_and_optionally_merge(merge=merge, **kwargs)
+        if (refusal := vars(self.model).pop("_refuses_adapter_names", None)) is not None:
+            refusal.remove()
         return self.model
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -200,10 +204,8 @@ class SealModel(BaseTuner):
         if adapter_names is None:
             yield
             return
-        settings = kwargs.get("generation_config")
-        num_beams = kwargs.get("num_beams") or getattr(settings, "num_beams", None) or 1
         rope = position_switch(self.model)
-        with scaled_rows(self, adapter_names, num_beams), rope.rows(adapter_names) if rope else nullcontext():
+        with scaled_rows(self, self.model, adapter_names), rope.rows(adapter_names) if rope else nullcontext():
             yield
 
     def add_weighted_adapter(self, adapters: list[str], weights: list[float], adapter_name: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -24,6 +26,11 @@ class ScaleOffset(nn.Module):
         self._chosen = heads
         self.weight.mul_(self._mask())
 
+    def values(self) -> Tensor:
+        """Return `scale - 1`, shape `(num_heads,)` or `(num_heads, head_dim)`: the weight at the heads that count."""
+        weight = cast(Tensor, self._parameters["weight"])
+        return weight if self._chosen is None else weight * self._mask()
+
     def _mask(self) -> Tensor:
         # No buffer: models that are built on the meta device would leave it there.
         mask = torch.zeros(self.weight.shape[0], dtype=self.weight.dtype, device=self.weight.device)
@@ -40,7 +47,7 @@ class ScaleOffset(nn.Module):
 
     def forward(self, alpha: float) -> Tensor:
         """Return the scale `1 + alpha * weight` in fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`."""
-        weight = self.weight if self._chosen is None else self.weight * self._mask()
+        weight = self.values()
         weight = weight if weight.dtype == torch.float64 else weight.float()
         scale = 1 + alpha * weight
         return scale.unsqueeze(-1) if scale.dim() == 1 else scale

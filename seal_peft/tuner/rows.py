@@ -4,100 +4,203 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .layer import SealLayer
 
 BASE = "__base__"
+# What generation repeats its inputs with, once for every beam or returned sequence.
+_EXPAND = "_expand_inputs_for_generation"
+
+
+class _Parts(NamedTuple):
+    layers: list[SealLayer]
+    others: list[BaseTunerLayer]
+    trained_modules: list[AuxiliaryTrainingWrapper]
 
 
 @contextmanager
-def scaled_rows(model: nn.Module, adapter_names: Sequence[str], num_beams: int) -> Iterator[None]:
+def scaled_rows(model: nn.Module, base: nn.Module, adapter_names: Sequence[str]) -> Iterator[None]:
     """Within the context, row `i` of every batch gets the scales of `adapter_names[i]`.
 
-    The rows' scales are gathered once on entering, from one table per layer; every forward pass within then costs one
-    multiplication, however many adapters are in flight.
+    Entering lays the offsets in flight side by side in one table per layer and gathers the rows from it; every
+    forward pass within then costs one multiplication, however many adapters there are. Nothing is kept for the next
+    time: making a table is as cheap as asking every parameter whether it has changed.
 
     Args:
         model: A model with SEAL layers, in inference mode.
+        base: The model inside it that generates: where it repeats rows, for beams or several answers, so does this.
         adapter_names: One adapter per row; `"__base__"` leaves the row unscaled.
-        num_beams: Beams of beam search: generation repeats every row that often.
 
     Raises:
         TypeError: `adapter_names` is not a list of names.
         ValueError: The model is in training mode, an adapter is merged, one of another method is active, or a name is
             not known.
     """
-    layers = [module for module in model.modules() if isinstance(module, SealLayer)]
-    rows = [name for name in _checked(model, layers, adapter_names) for _ in range(num_beams)]
+    parts = _parts(model)
+    names = _checked(model, parts, adapter_names)
+    rows = list(adapter_names)
     handles = [
         module.register_forward_pre_hook(partial(_with_adapter_names, adapter_names=rows), with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, AuxiliaryTrainingWrapper)
+        for module in parts.trained_modules
     ]
+    before = [layer.row_scale for layer in parts.layers]
     try:
-        for layer in layers:
-            layer.row_scale = _gather(layer, rows)
-        yield
+        _scale_rows(parts.layers, names, rows)
+        with _on_expansion(base, lambda times: _repeat_rows(parts.layers, rows, adapter_names, times)):
+            yield
     finally:
-        for layer in layers:
-            layer.row_scale = None
+        for layer, row_scale in zip(parts.layers, before, strict=True):
+            layer.row_scale = row_scale
         for handle in handles:
             handle.remove()
 
 
-def _checked(model: nn.Module, layers: Sequence[SealLayer], adapter_names: Sequence[str]) -> Sequence[str]:
+def _parts(model: nn.Module) -> _Parts:
+    """Find what a mixed batch concerns, without a walk through all adapters: there may be thousands in every layer."""
+    found = _Parts([], [], [])
+    seen: set[int] = set()
+    stack: list[nn.Module | None] = [model]
+    while stack:
+        module = stack.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, BaseTunerLayer):
+            found.layers.append(module) if isinstance(module, SealLayer) else found.others.append(module)
+            stack.append(cast(nn.Module, module.base_layer))
+            continue
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            found.trained_modules.append(module)
+        stack.extend(module._modules.values())
+    return found
+
+
+def _checked(model: nn.Module, parts: _Parts, adapter_names: Sequence[str]) -> list[str]:
+    """Return every adapter of the batch once, without the base."""
     if isinstance(adapter_names, str) or not all(isinstance(name, str) for name in adapter_names):
         raise TypeError(f"`adapter_names` must be a list with one adapter name per row, got {adapter_names!r}.")
     if model.training:
         raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-    if any(layer.merged for layer in layers):
+    if any(layer.merged for layer in parts.layers):
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer) and not isinstance(module, SealLayer) and not module.disable_adapters:
+    for module in parts.others:
+        if not module.disable_adapters:
             acting = module._get_available_adapters() & {*module.active_adapters, *module.merged_adapters}
             if acting:
                 raise ValueError(
                     f"Cannot pass `adapter_names` while adapters of other methods act on every row: {sorted(acting)}. "
                     "Switch them off, `seal_peft.activate(model, [])`, and give each row a SEAL adapter."
                 )
-    known = {name for layer in layers for name in layer.seal_alpha}
-    if unknown := sorted(set(adapter_names) - known - {BASE}):
+    names = [name for name in dict.fromkeys(adapter_names) if name != BASE]
+    if unknown := [name for name in names if not any(name in layer.seal_alpha for layer in parts.layers)]:
+        known = sorted({name for layer in parts.layers for name in layer.seal_alpha})
         raise ValueError(
-            f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}. "
-            f"Known are {', '.join(sorted(known))} and {BASE}."
+            f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}. "
+            f"Known are {', '.join(known)} and {BASE}."
         )
-    return adapter_names
+    return names
 
 
-def _gather(layer: SealLayer, rows: Sequence[str]) -> Tensor | None:
-    """Scales of all rows in one layer, `(rows, heads, 1 or head_dim)`; `None` where no adapter is left at all."""
-    index: dict[str, int] = {}
-    for name in rows:
-        if name in layer.seal_delta:
-            index.setdefault(name, len(index) + 1)
-    if not index:  # ones, because without row scales the layer would apply its active adapter
-        others = [layer.offset(name) for name in layer.seal_delta]
-        ones = torch.ones(len(rows), layer.geometry.num_heads, 1, device=others[0].device) if others else None
-        return None if ones is None else layer.spread(ones)
-    with torch.no_grad():
-        offsets: list[Tensor] = [layer.offset(name) for name in index]
-        wide = max(offset.dim() for offset in offsets)
-        offsets = [offset if offset.dim() == 2 else offset.unsqueeze(-1) for offset in offsets]
-        if wide == 2:
-            offsets = [offset.expand(layer.geometry) for offset in offsets]
-        table = torch.stack([torch.zeros_like(offsets[0]), *offsets]).float()
-        alphas = torch.tensor([0.0, *(layer.seal_alpha[name] for name in index)], device=table.device)
-        table = 1 + alphas.view(-1, 1, 1) * table
-        return layer.spread(table)[torch.tensor([index.get(name, 0) for name in rows], device=table.device)]
+@torch.no_grad()
+def _scale_rows(layers: Sequence[SealLayer], names: Sequence[str], rows: Sequence[str]) -> None:
+    """Give every layer the scales of all rows, `(rows, heads, 1 or head_dim)`, where it has any adapter at all."""
+    position = {name: place for place, name in enumerate((BASE, *names))}
+    index = torch.tensor([position[name] for name in rows])
+    indices = {index.device: index}
+    for layer in layers:
+        gathered = []
+        for table in _tables(layer, names):
+            if table.device not in indices:
+                indices[table.device] = index.to(table.device)
+            gathered.append(table.index_select(0, indices[table.device]))
+        layer.row_scale = reduce(torch.mul, gathered) if gathered else None
+
+
+def _tables(layer: SealLayer, names: Sequence[str]) -> list[Tensor]:
+    """Lay the scales of some adapters side by side, behind a row of ones: `(1 + names, heads, 1 or head_dim)`.
+
+    Adapters per head and per channel have tables of their own, with ones for the adapters that are not in it, so that
+    the scale of an adapter is the product over the tables.
+    """
+    modules: dict[str, Any] = layer.seal_delta._modules
+    if not modules:
+        return []
+    # What runs once per adapter here runs adapters x layers times per forward pass.
+    absent = next(iter(modules.values())).weight.new_zeros(layer.geometry.num_heads)
+    offsets: list[Tensor] = [modules[name].values() if name in modules else absent for name in names]
+    kinds = set(map(Tensor.dim, offsets)) or {1}
+    tables = []
+    for dims in kinds:
+        shape = layer.geometry[:dims]
+        zeros = absent.new_zeros(shape)
+        here = offsets if len(kinds) == 1 else [offset if offset.dim() == dims else zeros for offset in offsets]
+        table = torch.cat([zeros, *here]).view(-1, *shape, *[1] * (2 - dims))
+        table = table.to(torch.promote_types(table.dtype, torch.float32))
+        if not set(map(layer.seal_alpha.get, names)) <= {1.0, None}:
+            strengths = [layer.seal_alpha.get(name, 1.0) for name in names]
+            table = table * torch.tensor([1.0, *strengths], device=table.device).view(-1, 1, 1)
+        tables.append(layer.spread(1 + table))
+    return tables
+
+
+@contextmanager
+def _on_expansion(base: nn.Module, repeat: Any) -> Iterator[None]:
+    """Call `repeat(times)` when generation repeats its inputs, whichever of its settings made it do so."""
+    expand = getattr(base, _EXPAND, None)
+    if expand is None:
+        yield
+        return
+
+    def expand_and_repeat(expand_size: int = 1, *args: Any, **kwargs: Any) -> Any:
+        repeat(expand_size)
+        return expand(expand_size, *args, **kwargs)
+
+    own = {name: value for name, value in vars(base).items() if name == _EXPAND}
+    vars(base)[_EXPAND] = expand_and_repeat
+    try:
+        yield
+    finally:
+        del vars(base)[_EXPAND]
+        vars(base).update(own)
+
+
+def _repeat_rows(layers: Sequence[SealLayer], rows: list[str], adapter_names: Sequence[str], times: int) -> None:
+    """Repeat every row next to itself, as generation does; `rows` is what other modules read."""
+    before = len(rows) // len(adapter_names)
+    rows[:] = [name for name in adapter_names for _ in range(times)]
+    for layer in layers:
+        if layer.row_scale is not None:
+            layer.row_scale = layer.row_scale[::before].repeat_interleave(times, dim=0)
+
+
+def refuse_names(model: nn.Module) -> RemovableHandle:
+    """Let a base model refuse `adapter_names`, which PEFT's wrapper takes out before it calls it.
+
+    Models that got their adapters by transformers' own calls have no wrapper, and would ignore them without a word.
+
+    Returns:
+        What takes the refusal back.
+    """
+    return model.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+
+
+def _refuse_names(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("adapter_names") is not None:
+        raise ValueError(
+            "`adapter_names` needs PEFT's wrapper, and this model was called without it. Load the adapters with "
+            "`PeftModel.from_pretrained(model, folder)` and `load_adapter`, and call what that returns. Without it, "
+            "all rows have the adapter that `set_adapter` chose."
+        )
 
 
 def _with_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]) -> Any:
