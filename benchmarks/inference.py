@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from peft import IA3Config, LoraConfig, PeftConfig, get_peft_model
 from shapes import random_model
+from switch import QKVO, Switch
 from timing import interleaved, summary
 from torch import nn
 from transformers import DynamicCache, StaticCache
@@ -21,7 +22,6 @@ import seal_peft
 from seal_peft.files import write_json
 from seal_peft.provenance import provenance
 
-QKVO = ["q_proj", "k_proj", "v_proj", "o_proj"]
 METHODS = {
     "seal-h": lambda: seal_peft.SealConfig(granularity="head", init_weights=False),
     "seal-c": lambda: seal_peft.SealConfig(granularity="channel", init_weights=False),
@@ -31,58 +31,34 @@ METHODS = {
 }
 
 
-class Switch:
-    """One base model that wears one adapter at a time, so that all systems share weights and memory layout."""
+def make_switch(model: nn.Module) -> Switch:
+    """Build all systems: the base, the adapters, and SEAL merged."""
+    switch = Switch(model, METHODS)
+    for modules in switch.wrapped.values():
+        for module in modules.values():
+            module.eval().requires_grad_(False)
+    for name in ("seal-h", "seal-c"):
+        switch.wrapped[f"{name} merged"] = merged(switch, METHODS[name]())
+    return switch
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.wrapped: dict[str, dict[str, nn.Module]] = {"base": self._projections()}
-        for name, config in METHODS.items():
-            get_peft_model(model, config()).eval().requires_grad_(False)
-            self.wrapped[name] = self._projections()
-            self._undress()
-        for name in ("seal-h", "seal-c"):
-            self.wrapped[f"{name} merged"] = self._merged(METHODS[name]())
 
-    def _merged(self, config: PeftConfig) -> dict[str, nn.Module]:
-        """Plain projections with an adapter's scales in their weights."""
-        merged = get_peft_model(self.model, config).eval()
-        merged.merge_adapter()
-        plain = copy.copy(self.wrapped["base"])
-        for path, module in self._projections().items():
-            if hasattr(module, "get_base_layer"):
-                plain[path] = copy.deepcopy(module.get_base_layer())
-        merged.unmerge_adapter()
-        self._undress()
-        return plain
-
-    def _undress(self) -> None:
-        self._put(self.wrapped["base"])
-        del self.model.peft_config
-
-    def _projections(self) -> dict[str, nn.Module]:
-        return {
-            f"{index}.{name}": getattr(layer.self_attn, name)
-            for index, layer in enumerate(self.model.model.layers)
-            for name in QKVO
-        }
-
-    def _put(self, modules: dict[str, nn.Module]) -> None:
-        for path, module in modules.items():
-            index, name = path.split(".")
-            setattr(self.model.model.layers[int(index)].self_attn, name, module)
-
-    def wear(self, system: str) -> nn.Module:
-        """Put one system's projections in place."""
-        self._put(self.wrapped["base"])
-        self._put(self.wrapped[system])
-        return self.model
+def merged(switch: Switch, config: PeftConfig) -> dict[str, nn.Module]:
+    """Plain projections with an adapter's scales in their weights."""
+    model = get_peft_model(switch.model, config).eval()
+    model.merge_adapter()
+    plain = copy.copy(switch.wrapped["base"])
+    for path, module in switch.projections().items():
+        if hasattr(module, "get_base_layer"):
+            plain[path] = copy.deepcopy(module.get_base_layer())
+    model.unmerge_adapter()
+    switch.undress()
+    return plain
 
 
 def measure(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, dict[str, float]]]]:
     """Time part after part and yield its name with its summaries."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    switch = Switch(random_model(arguments.size, device))
+    switch = make_switch(random_model(arguments.size, device))
     tokens = torch.randint(0, 500, (1, arguments.tokens), device=device)
     with torch.inference_mode():
 

@@ -23,7 +23,7 @@ def interleaved(
     for _ in range(repeats):
         for name, run in systems.items():
             prepare(name)
-            times[name].append(_milliseconds(run, calls))
+            times[name].append(milliseconds(run, calls))
     return times
 
 
@@ -40,7 +40,8 @@ def summary(times: dict[str, list[float]], base: str) -> dict[str, dict[str, flo
     }
 
 
-def _milliseconds(run: Callable[[], object], calls: int) -> float:
+def milliseconds(run: Callable[[], object], calls: int) -> float:
+    """Return milliseconds per call, of several calls in a row."""
     if not torch.cuda.is_available():
         started = time.perf_counter()
         for _ in range(calls):

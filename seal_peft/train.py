@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 import shutil
 import time
 from dataclasses import asdict, dataclass, field
@@ -27,6 +28,7 @@ from .card import write_card
 from .data import check_window, read_samples
 from .files import write_json
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
+from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .reach import reach
 from .tokens import AnswerCollator, encode_training
@@ -45,6 +47,8 @@ RECIPES: dict[str, dict[str, Any]] = {
         "max_grad_norm": 1.0,
     },
 }
+
+logger = logging.getLogger(__name__)
 
 FINISHED, UNFINISHED, CHECKPOINTS = "run.json", "unfinished.json", "checkpoint-*"
 
@@ -83,6 +87,13 @@ class TrainArguments:
     recipe: str = field(default="default", metadata={"help": f"Named settings: {', '.join(RECIPES)}. Flags win."})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
+    memory: Policy | None = field(
+        default=None,
+        metadata={
+            "help": "What layers keep for the backward pass: as much as fits (`auto`), all (`fast`), or nothing "
+            "(`low`). Default: auto, unless activation_checkpointing is given."
+        },
+    )
 
 
 @dataclass
@@ -99,7 +110,8 @@ class SealTrainingArguments(TrainingArguments):
     report_to: str = field(default="none", metadata={"help": "Experiment trackers, as in transformers."})
     dataloader_pin_memory: bool = field(default=False, metadata={"help": "Token ids are too few to be worth it."})
     activation_checkpointing: bool | None = field(
-        default=None, metadata={"help": "Recompute activations: less memory.", "nargs": "?", "const": True}
+        default=None,
+        metadata={"help": "Checkpoint as transformers does, instead of --memory.", "nargs": "?", "const": True},
     )
     activation_checkpointing_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": 'As in transformers, e.g. {"every_n_layers": 2}.'}
@@ -143,9 +155,14 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         The adapter folder.
 
     Raises:
-        ValueError: Bad rows, samples longer than the model's window, or an unfinished training with other settings;
-            raised before the model is loaded.
+        ValueError: Bad rows, samples longer than the model's window, two memory settings, or an unfinished training
+            with other settings; raised before the model is loaded.
     """
+    if arguments.memory is not None and training_arguments.activation_checkpointing:
+        raise ValueError(
+            f"--memory {arguments.memory} and --activation_checkpointing both say what is kept for the backward pass: "
+            "give one of them."
+        )
     samples = read_samples(arguments.train_file)
     if not samples:
         raise ValueError(f"{arguments.train_file} holds no samples. Make some with `seal-peft make-data`.")
@@ -181,6 +198,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
         processing_class=tokenizer,
     )
     trainer.get_train_dataloader()  # a bad batch size shows here, before an earlier adapter is cleared away
+    memory = _apply_memory(trainer, arguments.memory, tokens=max(len(row["input_ids"]) for row in rows))
     if checkpoint is None and trainer.is_world_process_zero():
         _start_afresh(output_dir, settings)
     if torch.cuda.is_available():
@@ -195,6 +213,7 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     save_adapter(model, output_dir)
     record = {
         "arguments": asdict(arguments),
+        "memory": memory,
         "trainable_parameters": model.get_nb_trainable_parameters()[0],
         "samples": len(rows),
         "tasks": sorted({sample.task for sample in samples}),
@@ -209,6 +228,18 @@ def train(arguments: TrainArguments, training_arguments: SealTrainingArguments) 
     write_json(output_dir / FINISHED, record)
     (output_dir / UNFINISHED).unlink(missing_ok=True)
     return output_dir
+
+
+def _apply_memory(trainer: Trainer, policy: Policy | None, tokens: int) -> str | None:
+    """Say what layers keep, unless transformers is to say it, and return what was chosen."""
+    if trainer.args.gradient_checkpointing:
+        return None
+    model: Any = trainer.model
+    rows = trainer.args.per_device_train_batch_size
+    summary = apply_memory_policy(model, policy or "auto", tokens=tokens, rows=rows).summary
+    if trainer.is_world_process_zero():
+        logger.info("Memory %s.", summary)
+    return summary
 
 
 def _from_json(name: str, text: str | None) -> Any:
@@ -237,8 +268,9 @@ def _settings(arguments: TrainArguments, training_arguments: TrainingArguments) 
         **asdict(arguments),
         **training_arguments.to_dict(),
     }
-    # How to go on, and how to show it, may change on the way. A rank is not a setting.
-    for name in ("train_file", "output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "local_rank"):
+    # How to go on, how to show it, and how to fit it may change on the way. A rank is not a setting.
+    shown = ("disable_tqdm", "report_to", "local_rank", "memory")
+    for name in ("train_file", "output_dir", "resume_from_checkpoint", *shown):
         settings.pop(name, None)
     return json.loads(json.dumps(settings, default=str))
 
