@@ -38,19 +38,19 @@ def make_switch(model: nn.Module) -> Switch:
         for module in modules.values():
             module.eval().requires_grad_(False)
     for name in ("seal-h", "seal-c"):
-        switch.wrapped[f"{name} merged"] = merged(switch, METHODS[name]())
+        switch.wrapped[f"{name} merged"] = merge(switch, METHODS[name]())
     return switch
 
 
-def merged(switch: Switch, config: PeftConfig) -> dict[str, nn.Module]:
-    """Plain projections with an adapter's scales in their weights."""
-    model = get_peft_model(switch.model, config).eval()
-    model.merge_adapter()
+def merge(switch: Switch, config: PeftConfig) -> dict[str, nn.Module]:
+    """Return plain projections with an adapter's scales in their weights."""
+    merged = get_peft_model(switch.model, config).eval()
+    merged.merge_adapter()
     plain = copy.copy(switch.wrapped["base"])
     for path, module in switch.projections().items():
         if hasattr(module, "get_base_layer"):
             plain[path] = copy.deepcopy(module.get_base_layer())
-    model.unmerge_adapter()
+    merged.unmerge_adapter()
     switch.undress()
     return plain
 

@@ -35,8 +35,11 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_in(folder: Path, house: Path, granularity: str = "channel", **changes: Any) -> Path:
-    arguments = TrainArguments(str(house / "model"), str(house / "train.jsonl"), granularity, dtype="float32")
+def train_in(
+    folder: Path, house: Path, granularity: str = "channel", memory: str | None = None, **changes: Any
+) -> Path:
+    files = (str(house / "model"), str(house / "train.jsonl"))
+    arguments = TrainArguments(*files, granularity, dtype="float32", memory=memory)
     return train(arguments, SealTrainingArguments(output_dir=str(folder), **{**SETTINGS, **changes}))
 
 
@@ -131,10 +134,24 @@ def test_activation_checkpointing_is_one_flag_in_every_version_of_transformers(t
     assert not SealTrainingArguments(str(tmp_path)).gradient_checkpointing
 
 
-def test_activation_checkpointing_changes_memory_not_scales(house: Path, uninterrupted: Path, tmp_path: Path) -> None:
-    ours = weights(train_in(tmp_path, house, activation_checkpointing=True))
+@pytest.mark.parametrize(
+    ("settings", "chosen"),
+    [({"activation_checkpointing": True}, None), ({"memory": "low"}, "low: all layers recompute")],
+)
+def test_saving_memory_changes_no_scales(
+    house: Path, uninterrupted: Path, tmp_path: Path, settings: dict[str, Any], chosen: str | None
+) -> None:
+    ours = weights(train_in(tmp_path, house, **settings))
     for name, delta in weights(uninterrupted).items():
         torch.testing.assert_close(ours[name], delta, rtol=1e-5, atol=1e-6)
+    recorded = run_of(tmp_path)["memory"]
+    assert recorded is chosen is None or recorded.startswith(chosen)
+    assert run_of(uninterrupted)["memory"].startswith("auto: at ")
+
+
+def test_two_settings_of_the_memory_are_refused(house: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--memory low and --activation_checkpointing .*give one"):
+        train_in(tmp_path, house, memory="low", activation_checkpointing=True)
 
 
 def test_two_processes_learn_what_one_learns_from_twice_the_batch(house: Path, tmp_path: Path) -> None:
