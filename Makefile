@@ -25,9 +25,12 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/seal-peft demo --output_dir runs/demo
 
-# Two single-threaded workers; a file stays on one worker, so that its module fixtures are made once.
+# Two single-threaded workers; a file stays on one worker, so that its module fixtures are made once. `test-peft` runs
+# the file that is left out.
+SUITE := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_lift.py
+
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python $(SUITE)
 
 # A second environment, `$(@D)`, over the first: what `$<` does not list, torch above all, is taken from there.
 define over_the_first
@@ -42,9 +45,9 @@ endef
 $(FLOOR)/.installed: constraints-floor.txt $(INSTALLED)
 	$(over_the_first)
 
-# All tests that can tell these versions from the newest.
+# All tests of the package that can tell these versions from the newest: the benchmarks are no part of it.
 test-floor: $(FLOOR)/.installed
-	$(FLOOR)/bin/python -m pytest -n 2 --dist loadfile -m upstream
+	$(FLOOR)/bin/python $(SUITE) -m upstream --ignore-glob='tests/test_benchmark_*'
 
 # Apart, because PEFT imports the quantisers in every process that finds them, which takes seconds and logs.
 # Without the setting HQQ tries to build kernels.

@@ -69,11 +69,24 @@ def _same_seed_for_every_test() -> None:
     torch.manual_seed(0)
 
 
+# A worker takes whole files. These take long, so they come first, lest one worker end minutes after the other.
+SLOW_FILES = (
+    "test_demo",
+    "test_beside_lora",
+    "test_train",
+    "test_evaluate_restarts",
+    "test_examples",
+    "test_oracle",
+    "test_serving",
+)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what meets PEFT or transformers, and skips what needs SmolLM2 where it is not installed.
 
     On CI (`CI=true`) the latter runs, and fails, instead.
     """
+    items.sort(key=lambda item: item.path.stem not in SLOW_FILES)
     for item in items:
         if reaches_upstream(item.path):
             item.add_marker(pytest.mark.upstream)

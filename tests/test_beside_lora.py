@@ -775,8 +775,9 @@ def test_a_copy_is_a_model_of_its_own(order, shared, copied):
 
 
 @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated:DeprecationWarning")
-@places
-@pytest.mark.parametrize("merged", [[], ["style"], ["heads"]], ids=str)
+@pytest.mark.parametrize(
+    ("shared", "merged"), [(True, []), (True, ["style"]), (True, ["heads"]), (False, [])], ids=str
+)
 def test_a_compiled_model_is_one_graph(shared, merged):
     torch.compiler.reset()
     model = build(shared=shared)
