@@ -145,9 +145,9 @@ class _Shared:
         self._keep = torch.arange(min(row.first - len(start) for row in rows), longest, device=heads.base.device)
         self._labels = torch.tensor(labels, device=heads.base.device)[:, self._keep]
         with _recording(heads) as self._start_record:
-            self._cache = self._read(1)
+            self._read_layers = self._read(1)
         with _recording(heads) as self._end_record:
-            self.base = AnswerScore(*(value[0] for value in self._finish(self._cache, variants)))
+            self.base = AnswerScore(*(value[0] for value in self._finish(self._read_layers, 0, variants)))
         self._end_record.inputs[:] = [hidden[: self._samples].clone() for hidden in self._end_record.inputs]
 
     def _width(self, longest: int, variants: int) -> int:
@@ -165,32 +165,32 @@ class _Shared:
             # A variant's samples stand together, and an edit does not ask where in its row a token is.
             return edit(z.reshape(variants, -1, z.shape[-1])).reshape(z.shape)
 
+        number = self._heads.layers[layer].number
         with _editing(self._heads.layers[layer].projection, edit_all):
-            with _starting(self._heads, layer, self._start_record):
-                cache = self._read(variants)
-            for index in range(self._heads.layers[layer].number):
-                cache.layers[index] = self._cache.layers[index]
+            # The keys and values of the edited layer itself come before the edit.
+            layers = self._read_layers[: number + 1]
+            if len(layers) < len(self._read_layers):
+                with _starting(self._heads, layer, self._start_record):
+                    layers += self._read(variants)[number + 1 :]
             with _starting(self._heads, layer, self._end_record):
-                return self._finish(cache, variants)
+                return self._finish(layers, number, variants)
 
-    def _read(self, variants: int) -> DynamicCache:
-        """Read the beginning, one row for every variant."""
+    def _read(self, variants: int) -> list[Any]:
+        """Read the beginning, one row for every variant, and return what the cache holds of each layer."""
         cache = DynamicCache()  # without a config no layer forgets what a sliding window has passed
         start = self._start.expand(variants, -1)
-        self._heads.model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return cache
+        with _stopping(self._heads.layers[-1].projection):
+            self._heads.model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        return list(cache.layers)
 
-    def _finish(self, read: DynamicCache, variants: int) -> AnswerScore:
-        """Read the ends of all samples behind the cached beginning of every variant."""
+    def _finish(self, read: list[Any], first: int, variants: int) -> AnswerScore:
+        """Read the ends of all samples behind the cached beginning of every variant, from layer `first` on."""
         cache = DynamicCache()
-        read_layers: Any = read.layers
-        for index, layer in enumerate(read_layers):
-            # Below the layer in question there is one row for all variants.
-            keys, values = (
-                part.expand(variants, -1, -1, -1).repeat_interleave(self._samples, dim=0)
-                for part in (layer.keys, layer.values)
-            )
-            cache.update(keys, values, index)
+        for index, layer in enumerate(read):
+            kept = [layer.keys, layer.values]
+            if index >= first:  # those below are not read, but a mask is made for their length
+                kept = [part.expand(variants, -1, -1, -1).repeat_interleave(self._samples, dim=0) for part in kept]
+            cache.update(*kept, index)
         batch = {"input_ids": self._ends.repeat(variants, 1), "past_key_values": cache, "use_cache": True}
         logits = self._heads.model(**batch, logits_to_keep=self._keep).logits
         scores = score_logits(logits, self._labels.repeat(variants, 1))
@@ -235,6 +235,26 @@ def _editing(projection: nn.Module, edit: Edit) -> Iterator[None]:
     handle = projection.register_forward_pre_hook(lambda module, args: (edit(args[0]), *args[1:]))
     try:
         yield
+    finally:
+        handle.remove()
+
+
+class _EnoughError(Exception):
+    """The model has read as far as anybody asks."""
+
+
+@contextmanager
+def _stopping(projection: nn.Module) -> Iterator[None]:
+    """Let the model run up to an output projection, when the keys and values of its layer are in the cache."""
+
+    def stop(module: nn.Module, args: Any) -> None:
+        raise _EnoughError
+
+    handle = projection.register_forward_pre_hook(stop)
+    try:
+        yield
+    except _EnoughError:
+        pass
     finally:
         handle.remove()
 
