@@ -6,8 +6,9 @@ import os
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from models import adapted, base_model, llama, logits, seal_layers
 from seal_peft import SealConfig, scales
@@ -261,3 +262,21 @@ def test_a_projection_that_is_never_called_is_refused():
 
     with pytest.raises(TypeError, match="without calling it.*exclude_modules"):
         get_peft_model(Block(), SealConfig(target_modules=["out_proj"], num_attention_heads=2))
+
+
+def test_peft_keeps_two_methods_apart_in_the_words_of_the_faq():
+    model = get_peft_model(base_model("llama"), LoraConfig(r=2))
+    with pytest.raises(ValueError, match="Cannot combine adapters with different peft types"):
+        model.add_adapter("heads", SealConfig())
+
+
+def test_a_base_folder_that_is_gone_is_missed_in_the_words_of_the_faq(tmp_path):
+    base = base_model("llama")
+    base.save_pretrained(tmp_path / "base")
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), SealConfig(task_type="CAUSAL_LM"))
+    model.save_pretrained(tmp_path / "adapter")
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(Exception, match="Repo id must be in the form"):
+        AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "elsewhere")
+    assert torch.equal(logits(PeftModel.from_pretrained(base, tmp_path / "adapter")), logits(model))

@@ -195,6 +195,8 @@ def test_the_quickstart_of_the_readme_is_short() -> None:
 # Errors of others that SEAL's users meet, and where they come from.
 UPSTREAM = {
     "KeyError: 'SEAL'": "tests/test_transformers_api.py",
+    "Cannot combine adapters with different peft types": "peft, in tests/test_bad_adapters.py",
+    "Repo id must be in the form": "transformers, in tests/test_bad_adapters.py",
     "Cannot reach": "huggingface_hub, in tests/test_hub.py",
     "offline mode is enabled": "huggingface_hub, in tests/test_hub.py",
 }
