@@ -209,6 +209,15 @@ def test_a_named_adapter_is_saved_flat(tmp_path):
     assert sorted(os.listdir(tmp_path)) == FILES
 
 
+def test_a_model_without_pefts_wrapper_is_refused_before_a_file_is_written(tmp_path):
+    model = base_model("llama")
+    model.add_adapter(SealConfig(), "default")
+    for sites in (None, ["output"]):
+        with pytest.raises(TypeError, match="needs a PeftModel, got a LlamaForCausalLM"):
+            save_adapter(model, tmp_path / "adapter", sites=sites)
+    assert not (tmp_path / "adapter").exists()
+
+
 def test_text_that_a_user_wrote_into_the_card_stays_without_the_line_that_says_it_is_ours(tmp_path):
     save_adapter(adapted("llama"), tmp_path)
     card = tmp_path / "README.md"

@@ -225,8 +225,8 @@ class SealModel(BaseTuner):
             adapter_name: Name of the new adapter.
 
         Raises:
-            ValueError: A name is unknown or taken, weights are missing or not finite, or two adapters train whole
-                modules of the same name, which cannot be summed.
+            ValueError: A name is unknown or taken, weights are missing or not finite, or an adapter is of another
+                method or trains whole modules, which cannot be summed.
         """
         check_weighted(self, adapters, weights, adapter_name)
         layers = {
@@ -258,7 +258,7 @@ class SealModel(BaseTuner):
             ValueError: Another adapter has the name of a module on the way to the scales. PEFT takes all keys with
                 that name for the other adapter's and would write an empty file.
         """
-        paths = [name for name, module in model.named_modules() if isinstance(module, SealLayer)]
+        paths = [f"{name}.seal_delta" for name, module in model.named_modules() if isinstance(module, SealLayer)]
         if shared := {part for path in paths for part in path.split(".")} & set(unwanted_adapter_names):
             raise ValueError(
                 f"Adapter {adapter_name!r} cannot be saved beside an adapter named {min(shared)!r}: modules of the "

@@ -20,6 +20,8 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor
 
+from .chosen import only_chosen
+
 if TYPE_CHECKING:
     from .config import SealConfig
 
@@ -83,10 +85,12 @@ def take_settings(weights: dict[str, _Value]) -> tuple[dict[str, _Value], _Value
 
 
 def checked_weights(config: SealConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights as they were saved without the settings, which have been checked; see `check_settings`."""
+    """Return weights as a model with this config has them, without the settings; see `check_settings`."""
     weights, settings = take_settings(weights)
     check_settings(config, settings)
-    return weights
+    return {
+        name: only_chosen(config, name, value) if name.endswith(SCALES) else value for name, value in weights.items()
+    }
 
 
 def check_settings(config: SealConfig, packed: Tensor | None, names: Collection[str] = MEANING) -> None:
