@@ -22,8 +22,9 @@ from .weights import SCALES, checked_weights
 def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") -> None:
     """Set how strongly an adapter acts: its scales become `1 + alpha * (s - 1)`.
 
-    1 is the adapter as trained, 0 the base model, values between interpolate, values above extrapolate. The strength
-    is a setting of the model in memory and is not saved; `add_weighted_adapter` makes an adapter that keeps it.
+    1 is the adapter as trained, 0 the base model (under the RoPE that the adapter brings, if any), values between
+    interpolate, values above extrapolate. The strength is a setting of the model in memory and is not saved;
+    `add_weighted_adapter` makes an adapter that keeps it.
 
     Args:
         model: A model that carries the adapter.
