@@ -50,7 +50,8 @@ def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") 
 def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Replace the scales of an adapter by those of a saved one, in place and without recompilation.
 
-    Layers that the saved adapter does not hold become the identity. Everything is checked before anything changes.
+    Layers that the saved adapter does not hold become the identity. Everything is checked before anything changes. An
+    adapter that was trained on a base with other RoPE parameters warns, as in loading.
 
     Args:
         model: A model that carries an adapter of this name, compiled or not.
