@@ -198,6 +198,15 @@ def test_other_errors_pass_through(tmp_path):
         save_adapter(adapted("llama"), tmp_path / "file")
 
 
+def test_pickled_weights_that_no_loader_will_read_are_told(tmp_path):
+    adapted("llama").save_pretrained(tmp_path, safe_serialization=False)
+    adapted("llama", seed=2).save_pretrained(tmp_path)  # the new one counts
+    assert torch.equal(reads_as(tmp_path), logits(adapted("llama", seed=2)))
+    model = adapted("llama", seed=3)
+    with pytest.warns(UserWarning, match="an older adapter_model.safetensors, too, which every loader takes"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+
+
 def test_a_named_adapter_is_saved_flat(tmp_path):
     model = adapted("llama")
     model.add_adapter("other", model.peft_config["default"])
