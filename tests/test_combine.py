@@ -103,6 +103,7 @@ def test_a_weighted_adapter_does_not_disturb_the_active_one():
     [
         (["default"], [1.0], "default", "already is an adapter named 'default'"),
         (["typo"], [1.0], "sum", "Unknown adapters"),
+        (["default"], [0.5], "half", "does not allow an adapter to be named 'half'"),
         (["default"], [1.0, 2.0], "sum", "one finite weight per adapter"),
         (["default"], [float("nan")], "sum", "one finite weight per adapter"),
         ([], [], "sum", "one finite weight per adapter"),
@@ -113,6 +114,19 @@ def test_what_cannot_be_combined_is_refused(adapters, weights, name, message):
     with pytest.raises(ValueError, match=message):
         model.add_weighted_adapter(adapters, weights, name)
     assert list(model.peft_config) == ["default"]
+
+
+def test_what_is_more_than_scales_is_neither_combined_nor_swapped(tmp_path):
+    model = adapted("llama", modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path / "whole")
+    adapted("llama", seed=5).save_pretrained(tmp_path / "scales")
+    with pytest.raises(ValueError, match=r"Cannot combine \['default'\]: they train modules in full"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    for other, folder in ((model, "scales"), (adapted("llama"), "whole")):
+        before = logits(other)
+        with pytest.raises(ValueError, match="trains modules in full .* which are not swapped"):
+            hotswap_adapter(other, tmp_path / folder)
+        assert torch.equal(logits(other), before)
 
 
 def saved(tmp_path, granularity, seed, **kwargs):

@@ -255,6 +255,16 @@ def test_settings_that_were_changed_on_purpose_count(house, tmp_path):
     assert torch.equal(logits(model), logits(adapted("llama", seed=2)))
 
 
+def test_a_config_made_anew_is_told_what_the_weights_were_saved_with(house):
+    for folder, kwargs, message in (
+        ("rope", {}, "rope_parameters=.*linear.*, not None"),
+        ("plain", {"target_heads": ["L0H0"]}, r"target_heads=None, not \['L0H0'\]"),
+    ):
+        model = get_peft_model(base_model("llama"), SealConfig(**kwargs))
+        with pytest.warns(UserWarning, match=f"weights were saved with {message}"):
+            model.load_adapter(house / folder, "default")
+
+
 def test_a_state_dict_of_other_settings_is_refused_by_an_adapter_that_was_loaded(house):
     model = PeftModel.from_pretrained(base_model("llama"), house / "plain")
     with pytest.raises(ValueError, match="saved with target_heads="):

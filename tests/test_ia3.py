@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import ARCHITECTURES, adapted, base_model, draw_scales, llama, logits, seal_layers
-from seal_peft import SealConfig, export_ia3, import_ia3
+from seal_peft import SealConfig, add_beside, export_ia3, import_ia3
 
 ROUND_TRIP = ["llama", "gemma3_text", "deepseek_v3", "gpt2", "opt", "gpt_neox", "llava-clip"]
 granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
@@ -55,6 +55,18 @@ def test_query_scales_that_ia3_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not tell how queries lie"):
         export_ia3(tmp_path / "folder", tmp_path / "ia3")
     assert not (tmp_path / "ia3").exists()
+
+
+def test_an_adapter_is_exported_from_whatever_surrounds_it(tmp_path):
+    beside = add_beside(adapted("llama", sites=("output", "query")), LoraConfig(target_modules=["o_proj"]), "lora")
+    mixed = adapted("qwen3")
+    mixed.add_adapter("other", SealConfig(sites=("query",)))  # on a norm, but not exported
+    injected = base_model("llama")
+    injected.add_adapter(SealConfig(init_weights=False), "default")  # by transformers, without PEFT's wrapper
+    for name, model in (("llama", beside), ("qwen3", mixed), ("llama", injected)):
+        export_ia3(model, tmp_path)
+        loaded = PeftModel.from_pretrained(base_model(name), tmp_path)
+        torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
 
 
 @granularities

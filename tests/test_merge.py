@@ -227,6 +227,22 @@ def test_a_copy_of_a_merged_model_unmerges_by_itself():
     assert torch.equal(logits(copied), before)
 
 
+@pytest.mark.parametrize("tied", ["weight", "module"])
+def test_a_weight_with_two_places_in_the_model_is_not_merged(tied):
+    base = base_model("llama")
+    first, second = (layer.self_attn for layer in base.model.layers)
+    if tied == "module":
+        second.o_proj = first.o_proj
+    else:
+        second.o_proj.weight = first.o_proj.weight
+    model = get_peft_model(base, SealConfig(init_weights=False))
+    before = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match=r"several places: .*layers\.0.*layers\.1"):
+            merge()
+    assert torch.equal(logits(model), before)
+
+
 def test_merging_works_again_after_more_training():
     model = adapted()
     model.merge_adapter()

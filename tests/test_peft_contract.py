@@ -164,6 +164,11 @@ def test_an_adapter_named_like_a_module_never_empties_the_file_of_another(tmp_pa
     adapt("llama", adapter_name="other", model=model)
     with pytest.raises(ValueError, match="'other' cannot be saved beside an adapter named 'o_proj'"):
         model.save_pretrained(tmp_path / "both")
+    model.set_adapter("other")
+    model.delete_adapter("o_proj")
+    adapt("llama", adapter_name="seal_delta", model=model)
+    with pytest.raises(ValueError, match="'other' cannot be saved beside an adapter named 'seal_delta'"):
+        model.save_pretrained(tmp_path / "both")
 
 
 @cases()

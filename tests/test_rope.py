@@ -348,6 +348,9 @@ def test_another_base_is_warned_about_once_with_both_values(tmp_path):
     assert "rope_theta 10000.0 (adapter) and 500.0 (base)" in warning
     assert "config.rope_parameters = config.base_rope" in warning
     assert not torch.equal(logits(other), logits(model))
+    swapped = adapted(built(llama, {**TYPES["default"], "max_position_embeddings": 32}))
+    _, (warning,) = told(lambda: seal_peft.hotswap_adapter(swapped, tmp_path))
+    assert "rope_theta 10000.0 (adapter) and 500.0 (base)" in warning
 
 
 def test_a_longer_maximum_alone_is_no_other_rope(tmp_path):

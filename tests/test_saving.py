@@ -198,6 +198,15 @@ def test_other_errors_pass_through(tmp_path):
         save_adapter(adapted("llama"), tmp_path / "file")
 
 
+def test_pickled_weights_that_no_loader_will_read_are_told(tmp_path):
+    adapted("llama").save_pretrained(tmp_path, safe_serialization=False)
+    adapted("llama", seed=2).save_pretrained(tmp_path)  # the new one counts
+    assert torch.equal(reads_as(tmp_path), logits(adapted("llama", seed=2)))
+    model = adapted("llama", seed=3)
+    with pytest.warns(UserWarning, match="an older adapter_model.safetensors, too, which every loader takes"):
+        model.save_pretrained(tmp_path, safe_serialization=False)
+
+
 def test_a_named_adapter_is_saved_flat(tmp_path):
     model = adapted("llama")
     model.add_adapter("other", model.peft_config["default"])
@@ -207,6 +216,15 @@ def test_a_named_adapter_is_saved_flat(tmp_path):
     with pytest.raises(ValueError, match="invalid `selected_adapters`"):
         save_adapter(model, tmp_path, adapter_name="unknown")
     assert sorted(os.listdir(tmp_path)) == FILES
+
+
+def test_a_model_without_pefts_wrapper_is_refused_before_a_file_is_written(tmp_path):
+    model = base_model("llama")
+    model.add_adapter(SealConfig(), "default")
+    for sites in (None, ["output"]):
+        with pytest.raises(TypeError, match="needs a PeftModel, got a LlamaForCausalLM"):
+            save_adapter(model, tmp_path / "adapter", sites=sites)
+    assert not (tmp_path / "adapter").exists()
 
 
 def test_text_that_a_user_wrote_into_the_card_stays_without_the_line_that_says_it_is_ours(tmp_path):

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 from models import INPUT_IDS, adapted, base_model, logits, seal_layers
 from seal_peft import SealConfig
 from seal_peft.tuner.kernels import fits_kernel
-from seal_peft.tuner.scale import scale_channels
+from seal_peft.tuner.scale import scale_channels, scale_rows
 
 HEADS, HEAD_DIM = 3, 5
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -129,6 +129,16 @@ def test_half_precision_training_points_where_fp32_points(granularity, dtype):
 
     exact, rough = gradients(torch.float32), gradients(dtype).float()
     assert (rough - exact).norm() <= 0.05 * exact.norm()
+
+
+def test_rows_are_the_first_axis_whatever_lies_between():
+    rows = 1 + torch.rand(3, HEADS, 1)
+    for shape in ((3,), (3, 5), (3, 2, 5)):
+        x = torch.randn(*shape, HEADS * HEAD_DIM)
+        expected = [
+            scale_channels(part, row.expand(-1, HEAD_DIM).flatten()) for part, row in zip(x, rows, strict=True)
+        ]
+        assert_close(scale_rows(x, rows), torch.stack(expected))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels need a CUDA device")

@@ -1,6 +1,7 @@
 """Adapters of chosen heads: only these are scaled and trained, through every verb; all others stay exactly 1."""
 
 import copy
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from peft import PeftModel, get_peft_model
 
 import models
 from models import INPUT_IDS, base_model
-from seal_peft import SealConfig, hotswap_adapter, save_adapter, scales
+from seal_peft import SealConfig, export_ia3, hotswap_adapter, save_adapter, scales
 from seal_peft.heads import find_heads, save_head_scales
 from stages import save_model, save_samples, seal
 
@@ -96,6 +97,23 @@ def test_other_heads_are_not_swapped_in(tmp_path: Path) -> None:
         hotswap_adapter(model, tmp_path / "all")
     hotswap_adapter(model, tmp_path / "fewer")
     torch.testing.assert_close(scales(model)[NAME], scales(tmp_path / "fewer")[NAME])
+
+
+def test_a_config_that_was_given_fewer_heads_counts_for_every_reader(tmp_path: Path) -> None:
+    save_adapter(models.adapted("llama"), tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "target_heads": ["L0H2", *CHOSEN]}))
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path)
+    expected = models.logits(models.multiply_by_hand(base_model("llama"), scales(loaded)))
+    assert (scales(loaded)[NAME][[1, 2]] == 1).all()
+    loaded.add_weighted_adapter(["default"], [1.0], "sum")
+    loaded.set_adapter("sum")
+    swapped, injected = models.adapted("llama", seed=2), base_model("llama")
+    hotswap_adapter(swapped, tmp_path)
+    injected.load_adapter(str(tmp_path))
+    export_ia3(tmp_path, tmp_path / "ia3")
+    for model in (loaded, swapped, injected, PeftModel.from_pretrained(base_model("llama"), tmp_path / "ia3")):
+        torch.testing.assert_close(models.logits(model), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", ["L1H0", [], ["L1H0", "L1H0"], ["1.0"], ["L1"], ["L01H0"], [3]])

@@ -22,8 +22,9 @@ from .weights import SCALES, checked_weights
 def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") -> None:
     """Set how strongly an adapter acts: its scales become `1 + alpha * (s - 1)`.
 
-    1 is the adapter as trained, 0 the base model, values between interpolate, values above extrapolate. The strength
-    is a setting of the model in memory and is not saved; `add_weighted_adapter` makes an adapter that keeps it.
+    1 is the adapter as trained, 0 the base model (under the RoPE that the adapter brings, if any), values between
+    interpolate, values above extrapolate. The strength is a setting of the model in memory and is not saved;
+    `add_weighted_adapter` makes an adapter that keeps it.
 
     Args:
         model: A model that carries the adapter.
@@ -49,7 +50,8 @@ def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") 
 def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_name: str = "default") -> None:
     """Replace the scales of an adapter by those of a saved one, in place and without recompilation.
 
-    Layers that the saved adapter does not hold become the identity. Everything is checked before anything changes.
+    Layers that the saved adapter does not hold become the identity. Everything is checked before anything changes. An
+    adapter that was trained on a base with other RoPE parameters warns, as in loading.
 
     Args:
         model: A model that carries an adapter of this name, compiled or not.
@@ -58,7 +60,8 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
 
     Raises:
         ValueError: The files do not fit: another method or granularity, layers that the model's adapter lacks,
-            other `rope_parameters` or `self_extend`, or values that are not finite; or the adapter is merged.
+            other `rope_parameters` or `self_extend`, whole modules beside the scales, or values that are not finite;
+            or the adapter is merged.
 
     Example:
         ```python
@@ -73,6 +76,11 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
     weights = checked_weights(config, load_peft_weights(str(model_id), device="cpu"))
     check_same_positions(config, model, adapter_name)
     _check_same_heads(config, getattr(model, "peft_config", {}).get(adapter_name), model_id)
+    if _trains_modules(model, adapter_name) or not all(key.endswith(SCALES) for key in weights):
+        raise ValueError(
+            f"{model_id} or adapter {adapter_name!r} of the model trains modules in full (`modules_to_save`), which "
+            "are not swapped. Load it as an adapter of its own and switch with `set_adapter`."
+        )
     saved = {key.removeprefix("base_model.model.").removesuffix(SCALES): value for key, value in weights.items()}
     if unknown := sorted(set(saved) - set(layers)):
         raise ValueError(
@@ -96,19 +104,24 @@ def check_weighted(model: Any, adapters: list[str], weights: list[float], adapte
     """Check what `add_weighted_adapter` is asked for.
 
     Raises:
-        ValueError: A name is unknown or taken, weights are missing or not finite, or two adapters train whole modules
-            of the same name.
+        ValueError: A name is unknown or taken, weights are missing or not finite, or an adapter is of another method
+            or trains whole modules.
     """
     known = model.peft_config
     if adapter_name in known:
         raise ValueError(f"There already is an adapter named {adapter_name!r}. Delete it or choose another name.")
+    if not adapter_name or "." in adapter_name or hasattr(nn.ModuleDict(), adapter_name):
+        raise ValueError(f"PyTorch does not allow an adapter to be named {adapter_name!r}. Choose another name.")
     if unknown := [name for name in adapters if name not in known]:
         raise ValueError(f"Unknown adapters {unknown}. The model has: {', '.join(known)}.")
+    if others := [name for name in adapters if not isinstance(known[name], SealConfig)]:
+        raise ValueError(f"Cannot combine {others}: they are not SEAL's, and only its adapters add up.")
     if not adapters or len(adapters) != len(weights) or not all(map(math.isfinite, weights)):
         raise ValueError(f"Give one finite weight per adapter; got {len(adapters)} adapters and weights={weights}.")
-    for module in model.modules():
-        if isinstance(module, ModulesToSaveWrapper) and sum(name in module.modules_to_save for name in adapters) > 1:
-            raise ValueError("Cannot combine adapters that train the same module in full (`modules_to_save`).")
+    if whole := [name for name in adapters if _trains_modules(model, name)]:
+        raise ValueError(
+            f"Cannot combine {whole}: they train modules in full (`modules_to_save`), not by scales alone."
+        )
 
 
 def weighted_config(
@@ -154,6 +167,11 @@ def _check_same_heads(saved: Any, own: Any, model_id: object) -> None:
             f"{model_id} scales other heads (target_heads={wanted}) than the adapter that it would replace "
             f"({chosen}), which keeps all others at 1. Load it as an adapter of its own and switch with `set_adapter`."
         )
+
+
+def _trains_modules(model: nn.Module, adapter_name: str) -> bool:
+    wrappers = (module for module in model.modules() if isinstance(module, ModulesToSaveWrapper))
+    return any(adapter_name in wrapper.modules_to_save for wrapper in wrappers)
 
 
 def _shared(values: list[int | None]) -> int | None:

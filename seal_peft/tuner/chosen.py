@@ -6,11 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
-from .offset import ScaleOffset
+import torch
+from torch import Tensor
 
 if TYPE_CHECKING:
     from .config import SealConfig
     from .layer import SealLayer
+    from .offset import ScaleOffset
 
 
 def check_names(names: Sequence[str]) -> list[str]:
@@ -71,7 +73,17 @@ def keep_chosen(layer: SealLayer, adapter_name: str, config: SealConfig, name: s
     """
     heads = chosen_heads(config, name)
     if heads is not None:
-        cast(ScaleOffset, layer.seal_delta[adapter_name]).choose(heads)
+        cast("ScaleOffset", layer.seal_delta[adapter_name]).choose(heads)
+
+
+def only_chosen(config: SealConfig, name: str, offset: Tensor) -> Tensor:
+    """Return saved offsets of a module with 0 for the heads that a config, perhaps edited since, does not choose."""
+    heads = chosen_heads(config, name)
+    if heads is None:
+        return offset
+    kept = torch.zeros_like(offset)
+    kept[heads] = offset[heads]
+    return kept
 
 
 def _layer(name: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
@@ -203,7 +204,13 @@ class SealConfig(PeftConfig):
             super().save_pretrained(new, **kwargs)
             for name in os.listdir(new):
                 os.replace(os.path.join(new, name), os.path.join(save_directory, name))
-        weights = (os.path.join(save_directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME))
+        weights = [os.path.join(save_directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+        if all(map(os.path.isfile, weights)) and os.stat(weights[1]).st_mtime_ns > os.stat(weights[0]).st_mtime_ns:
+            warnings.warn(
+                f"{save_directory} holds an older {SAFETENSORS_WEIGHTS_NAME}, too, which every loader takes instead "
+                f"of the {WEIGHTS_NAME} that was saved now. Delete it, or save to another folder.",
+                stacklevel=2,
+            )
         describe = type(self)._describe  # of the class, where a function is no method
         if describe is not None and self.heads and any(map(os.path.isfile, weights)):
             describe(save_directory)

@@ -24,8 +24,10 @@ from .config import SealConfig
 from .geometry import HeadGeometry, default_target_modules, head_geometry, is_linear
 from .layer import SealLayer
 from .saving import write_adapter
+from .scales import layers_with
 from .weights import checked_weights, take_settings
 
+_PREFIX = "base_model.model."
 _SEAL_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.seal_delta\.weight")
 _IA3_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.ia3_l")
 
@@ -36,7 +38,7 @@ def export_ia3(
     """Write a SEAL adapter as an IA3 adapter, which PEFT loads without this package and with equal logits.
 
     Args:
-        model: A `PeftModel` with a SEAL adapter, or an adapter folder on disk.
+        model: A model with a SEAL adapter, or an adapter folder on disk.
         output_dir: Folder of the IA3 adapter.
         adapter_name: Which adapter of the model; a folder holds one adapter and ignores it.
 
@@ -56,7 +58,7 @@ def export_ia3(
     queries: dict[str, SealLayer] = {}
     if isinstance(model, nn.Module):
         config, state, sizes, conv1d = _seal_in_model(model, adapter_name)
-        queries = _query_layers(model)
+        queries = _query_layers(model, adapter_name)
     else:
         config, state, sizes = _seal_in_folder(Path(model))
         conv1d = False  # not on record; PEFT corrects it with a warning where the base has Conv1D layers
@@ -162,22 +164,24 @@ def _seal_in_model(model: Any, adapter_name: str) -> tuple[SealConfig, dict[str,
     if not isinstance(config, SealConfig):
         known = [name for name, c in getattr(model, "peft_config", {}).items() if isinstance(c, SealConfig)]
         raise ValueError(f"The model holds no SEAL adapter named {adapter_name!r}. SEAL adapters: {known or 'none'}.")
-    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, SealLayer)}
+    layers = layers_with(model, adapter_name)
     conv1d = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values())
     sizes = {name: layer.geometry for name, layer in layers.items()}
     state, _ = take_settings(get_peft_model_state_dict(model, adapter_name=adapter_name))
+    # Models that got the adapter by transformers' own calls have no wrapper, and its files no prefix.
+    state = {_PREFIX + name.removeprefix(_PREFIX): value for name, value in state.items()}
     return config, state, sizes, conv1d
 
 
-def _query_layers(model: nn.Module) -> dict[str, SealLayer]:
-    layers = {n.removeprefix("base_model.model."): m for n, m in model.named_modules() if isinstance(m, SealLayer)}
+def _query_layers(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
+    layers = layers_with(model, adapter_name)
     queries = {name: layer for name, layer in layers.items() if layer.site == "query"}
     for name, layer in queries.items():
         if not is_linear(layer.get_base_layer()):
             raise ValueError(
-                f"The query scales of this model are on {name}, a {type(layer.get_base_layer()).__name__}; IA3 knows "
-                "linear layers only. Export the output site alone: save_adapter(model, folder, sites=['output']), "
-                "then export_ia3(folder, ...)."
+                f"The query scales of this adapter are on {name}, a {type(layer.get_base_layer()).__name__}; IA3 "
+                "knows linear layers only. Export the output site alone: save_adapter(model, folder, "
+                "sites=['output']), then export_ia3(folder, ...)."
             )
     return queries
 

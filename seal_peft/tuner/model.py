@@ -24,7 +24,7 @@ from .offset import ScaleOffset
 from .query import QueryLinear, QueryNorm
 from .rows import refuse_names, scaled_rows, stop_refusing_names
 from .scales import layers_with
-from .targets import check_targets, geometry_of, is_target
+from .targets import check_targets, check_untied, geometry_of, is_target
 from .weights import add_settings, check_settings, take_settings
 
 
@@ -169,10 +169,10 @@ class SealModel(BaseTuner):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def _check_layers(self, adapter_names: list[str] | None, sites: Sequence[Site]) -> None:
-        """Ask every layer before the first one is merged."""
-        for layer in self.model.modules():
-            if isinstance(layer, Linear) and layer.site in sites:
-                layer.check_can_merge(layer.active_adapters if adapter_names is None else adapter_names)
+        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear) and layer.site in sites]
+        check_untied(self.model, layers)
+        for layer in layers:
+            layer.check_can_merge(layer.active_adapters if adapter_names is None else adapter_names)
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         """As in PEFT; the model keeps the RoPE and Self-Extend of what is in its weights."""
@@ -225,8 +225,8 @@ class SealModel(BaseTuner):
             adapter_name: Name of the new adapter.
 
         Raises:
-            ValueError: A name is unknown or taken, weights are missing or not finite, or two adapters train whole
-                modules of the same name, which cannot be summed.
+            ValueError: A name is unknown or taken, weights are missing or not finite, or an adapter is of another
+                method or trains whole modules, which cannot be summed.
         """
         check_weighted(self, adapters, weights, adapter_name)
         layers = {
@@ -258,7 +258,7 @@ class SealModel(BaseTuner):
             ValueError: Another adapter has the name of a module on the way to the scales. PEFT takes all keys with
                 that name for the other adapter's and would write an empty file.
         """
-        paths = [name for name, module in model.named_modules() if isinstance(module, SealLayer)]
+        paths = [f"{name}.seal_delta" for name, module in model.named_modules() if isinstance(module, SealLayer)]
         if shared := {part for path in paths for part in path.split(".")} & set(unwanted_adapter_names):
             raise ValueError(
                 f"Adapter {adapter_name!r} cannot be saved beside an adapter named {min(shared)!r}: modules of the "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,23 @@ class ScaleOffset(nn.Module):
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(shape))
         self._chosen: list[int] | None = None
+        self.weight = nn.Parameter(torch.zeros(shape))
+
+    def choose(self, heads: list[int]) -> None:
+        """Keep all heads but these at a scale of exactly 1, whatever an optimizer does, or a file says."""
+        self._chosen = heads
+        self._clear_others()
 
     @torch.no_grad()
-    def choose(self, heads: list[int]) -> None:
-        """Keep all heads but these at a scale of exactly 1, whatever an optimizer does."""
-        self._chosen = heads
-        self.weight.mul_(self._mask())
+    def _clear_others(self) -> None:
+        # For all who read the weight: saving, exporting, combining and reporting.
+        if self._chosen is not None and not self.weight.is_meta:
+            self.weight.mul_(self._mask())
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._clear_others()
 
     def values(self) -> Tensor:
         """Return `scale - 1`, shape `(num_heads,)` or `(num_heads, head_dim)`: the weight at the heads that count."""
@@ -57,6 +66,7 @@ class ScaleOffset(nn.Module):
                 "The adapter holds NaN or infinite scales. Its file is broken or its training diverged; do not use it."
             )
         super().register_parameter(name, param)
+        self._clear_others()
 
     def forward(self, alpha: float) -> Tensor:
         """Return the scale `1 + alpha * weight` in fp32, shape `(num_heads, 1)` or `(num_heads, head_dim)`."""

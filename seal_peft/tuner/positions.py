@@ -126,6 +126,8 @@ def unloading(rope: Any, model: nn.Module, adapter_names: Sequence[str]) -> Iter
 def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str) -> None:
     """Refuse to put the scales of one adapter in the place of another that was trained under other positions.
 
+    Where both take what the model has, there is a warning if the new one was trained on something else.
+
     Raises:
         ValueError: The two ask for different RoPE or Self-Extend.
     """
@@ -139,6 +141,15 @@ def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str
             f"The saved adapter asks for RoPE and Self-Extend {sides[0]} and adapter {adapter_name!r} of the model "
             f"for {sides[1]} (None: the base model's own). Load it as an adapter of its own and switch with "
             "`set_adapter`."
+        )
+    rope = next((module.rope for module in model.modules() if isinstance(module, SealLayer)), None)
+    if rope is None or config.base_rope is None or config.rope_parameters is not None:
+        return
+    if difference := _difference(config.base_rope, rope.own[0]):
+        warnings.warn(
+            f"The saved adapter was trained with other RoPE parameters than the base model has: {difference}. Its "
+            "scales may not fit.",
+            stacklevel=3,
         )
 
 

@@ -54,6 +54,7 @@ def save_adapter(
         The folder.
 
     Raises:
+        TypeError: The model is no `PeftModel`.
         ValueError: The adapter has no scales at one of the sites.
         OSError: The files cannot be written. What was in the folder is unchanged.
 
@@ -62,6 +63,13 @@ def save_adapter(
         seal_peft.save_adapter(model, "runs/demo/adapter")
         ```
     """
+    from peft.peft_model import PeftModel  # PEFT imports its tuners first
+
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"save_adapter needs a PeftModel, got a {type(model).__name__}. Adapters that came by transformers' own "
+            "calls are saved by its `model.save_pretrained(folder)`."
+        )
     if sites is not None:
         return write_adapter(folder, *_part(model, adapter_name, sites))
     with _replacing(Path(folder)) as new:

@@ -39,7 +39,7 @@ def scale_rows(x: Tensor, row_scale: Tensor) -> Tensor:
     """Multiply the heads of every row of a batch by the row's own scale, keeping the dtype of `x`.
 
     Args:
-        x: Concatenated heads, shape `(batch, tokens, num_heads * head_dim)`.
+        x: Concatenated heads, shape `(batch, ..., num_heads * head_dim)`.
         row_scale: Shape `(batch, num_heads, 1)` or `(batch, num_heads, head_dim)`, fp32.
 
     Raises:
@@ -50,7 +50,7 @@ def scale_rows(x: Tensor, row_scale: Tensor) -> Tensor:
             f"Length of `adapter_names` should be the same as the number of inputs, but got {row_scale.shape[0]} and "
             f"{x.shape[0]} respectively."
         )
-    scale = row_scale.unsqueeze(1)
+    scale = row_scale.view(len(row_scale), *[1] * (x.dim() - 2), *row_scale.shape[1:])
     return (x.unflatten(-1, (scale.shape[-2], -1)) * scale).to(x.dtype).flatten(-2)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -147,6 +148,24 @@ def geometry_of(
     model_config: Any = getattr(model, "config", None)
     text_config = model_config.get_text_config() if hasattr(model_config, "get_text_config") else model_config
     return query_layout(parent, target, name, getattr(text_config, "model_type", None), num_heads, config.head_dim)
+
+
+def check_untied(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Refuse to write to weights that other places of the model use, too: one scale would be in all of them.
+
+    Raises:
+        ValueError: A layer's weight is a parameter of another module, or its module is called from two places.
+    """
+    places: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(name)
+    for layer in layers:
+        names = places.get(id(tuner_layers(layer)[-1].get_base_layer()._parameters.get("weight")), [])
+        if len(names) > 1:
+            raise ValueError(
+                f"Scales cannot be merged into a weight that the model uses in several places: {', '.join(names)}. "
+                "Keep the adapter unmerged."
+            )
 
 
 def _describe(heads: list[list[int]]) -> str:

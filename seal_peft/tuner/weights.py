@@ -20,6 +20,8 @@ import torch
 from peft.config import PeftConfig
 from torch import Tensor
 
+from .chosen import only_chosen
+
 if TYPE_CHECKING:
     from .config import SealConfig
 
@@ -28,6 +30,7 @@ SETTINGS = ".seal_delta._extra_state"
 BASE = "base_model_name_or_path"
 # What tensors of equal names and shapes take their meaning from.
 MEANING = ("target_heads", "rope_parameters", "self_extend", "base_rope", "base_self_extend")
+_ASKED = MEANING[:3]  # by whoever made the config; the rest is on record
 _MEND = (
     "A save was interrupted, or one of the two files was replaced. `SealConfig.from_pretrained(folder)` returns the "
     "settings of the weights: load them with `config=` (transformers: `peft_config=`), and save the adapter again."
@@ -83,16 +86,19 @@ def take_settings(weights: dict[str, _Value]) -> tuple[dict[str, _Value], _Value
 
 
 def checked_weights(config: SealConfig, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights as they were saved without the settings, which have been checked; see `check_settings`."""
+    """Return weights as a model with this config has them, without the settings; see `check_settings`."""
     weights, settings = take_settings(weights)
     check_settings(config, settings)
-    return weights
+    return {
+        name: only_chosen(config, name, value) if name.endswith(SCALES) else value for name, value in weights.items()
+    }
 
 
 def check_settings(config: SealConfig, packed: Tensor | None, names: Collection[str] = MEANING) -> None:
     """Refuse weights that were saved with settings of another meaning than those of a config that was read.
 
-    Whoever makes a new config, or changes one after reading it, wants it to be taken as it is.
+    Whoever makes a new config, or changes one after reading it, wants it to be taken as it is. A new one says nothing
+    about these weights, though: where it differs in what was asked for, there is a warning.
 
     Args:
         config: The config that is in use.
@@ -102,15 +108,27 @@ def check_settings(config: SealConfig, packed: Tensor | None, names: Collection[
     Raises:
         ValueError: The two differ.
     """
+    all_differing = _differences(config, packed)
     if config._expected_heads is None:
+        asked = {name: all_differing[name] for name in _ASKED if name in all_differing}
+        if asked:
+            warnings.warn(
+                f"These weights were saved with {_told(asked)}: the config that is in use was made anew. It is taken "
+                "as it is. Load the adapter under a name of its own to have the settings that come with it.",
+                stacklevel=2,
+            )
         return
-    if differing := {name: both for name, both in _differences(config, packed).items() if name in names}:
+    if differing := {name: both for name, both in all_differing.items() if name in names}:
         other_base = ["another base model"] if differing.pop(BASE, None) else []
-        settings = [f"{name}={saved!r}, not {own!r}" for name, (own, saved) in sorted(differing.items())]
+        settings = [_told(differing)] if differing else []
         raise ValueError(
             f"The adapter's weights do not belong to its config: they were saved with "
             f"{'; '.join(other_base + settings)}. {_MEND}"
         )
+
+
+def _told(differing: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(f"{name}={saved!r}, not {own!r}" for name, (own, saved) in sorted(differing.items()))
 
 
 def saved_config(config: SealConfig, packed: Tensor | None, folder: str) -> SealConfig:
