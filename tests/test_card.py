@@ -283,7 +283,7 @@ def test_plain_peft_saves_our_card_in_place_of_its_empty_form(
     path = tmp_path / "adapter" / "README.md"
     with monkeypatch.context() as patch:
         patch.setattr(SealConfig, "_describe", None)
-        model.save_pretrained(path.parent)
+        model.save_pretrained(path.parent, safe_serialization=safe_serialization)
     assert str(tmp_path) in path.read_text()  # the trap
     for _ in range(2):  # PEFT writes into a card that it finds
         model.save_pretrained(path.parent, safe_serialization=safe_serialization)
@@ -294,7 +294,8 @@ def test_plain_peft_saves_our_card_in_place_of_its_empty_form(
         assert text.count("import seal_peft") == 1
         assert f"| scales | {models.LAYERS * models.HEADS}, one per head |" in text
     model.peft_config["default"].base_model_name_or_path = "someone/tiny"
-    model.save_pretrained(path.parent, save_embedding_layers=False)  # or PEFT looks for someone/tiny
+    # Or PEFT looks for someone/tiny.
+    model.save_pretrained(path.parent, safe_serialization=safe_serialization, save_embedding_layers=False)
     assert ModelCard(path.read_text()).data.base_model == "someone/tiny"
 
 
