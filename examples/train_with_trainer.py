@@ -55,6 +55,7 @@ def main() -> None:
     if trainer.is_world_process_zero():
         for name, scale in seal_peft.scales(flags.output_dir).items():
             print(f"{name}: {scale.min():.3f} to {scale.max():.3f}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import yaml
 from transformers import HfArgumentParser
 
@@ -153,6 +154,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Errors with something to tell the user; a traceback would bury it. Others are bugs and keep theirs.
         sys.stderr.write(f"seal-peft {argv[0]}: error: {_one_line(error)}\n")
         return FAILED
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()  # its threads can abort a process that ends while they run
     _show(result)
     return OK
 
