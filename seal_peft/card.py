@@ -20,6 +20,7 @@ from .tuner import scales
 CARD_NAME = "README.md"
 MARKER = "<!-- Written by seal_peft, which replaces it. To keep changes of your own, remove this line. -->"
 EMPTY_FORM = "# Model Card for Model ID"  # what PEFT and transformers write
+TRAINER_NOTE = "<!-- This model card has been generated automatically according to the information the Trainer"
 _TEMPLATE = Path(__file__).with_name("card.md")
 _BASE = "base"
 
@@ -87,7 +88,7 @@ def authors_card(path: Path) -> ModelCard | None:
     if not path.is_file():
         return None
     text = path.read_text(encoding="utf-8")
-    return None if MARKER in text or EMPTY_FORM in text else ModelCard(text)
+    return None if any(sign in text for sign in (MARKER, EMPTY_FORM, TRAINER_NOTE)) else ModelCard(text)
 
 
 def bring_up_to_date(card: ModelCard, data: ModelCardData) -> str:

@@ -190,6 +190,23 @@ def test_lora_users_keep_what_peft_does(house: Path, online: Hub) -> None:
     assert card_of(online, "me/lora").data.library_name == "transformers"
 
 
+def test_a_card_that_a_trainer_pushed_is_replaced_by_ours(house: Path, online: Hub, tmp_path: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    model = get_peft_model(base, SealConfig(task_type="CAUSAL_LM"))
+    options = {"hub_model_id": REPO, "report_to": "none", "use_cpu": True}
+    trainer = transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path / "out"), **options))
+    trainer.push_to_hub()
+    assert "import seal_peft" not in card_of(online).text  # if it is, docs/hub.md and docs/faq.md are out of date
+    assert str(house).encode() in online.files(REPO)["README.md"]
+    assert str(house).encode() in online.files(REPO)["adapter_config.json"]
+    push(tmp_path / "out")
+    card = card_of(online)
+    assert "import seal_peft" in card.text
+    assert card.data.base_model == "someone/tiny"
+    for name in ("README.md", "adapter_config.json"):
+        assert str(house).encode() not in online.files(REPO)[name]
+
+
 def test_an_adapter_of_rope_alone_is_pushed_and_pulled(house: Path, online: Hub, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
     config = SealConfig(task_type="CAUSAL_LM", sites=(), rope_parameters={"rope_type": "yarn", "factor": 4.0})
