@@ -20,7 +20,7 @@ from seal_peft import SealConfig, add_beside
 from seal_peft.memory import apply_memory_policy
 from seal_peft.memory.keep import Keep, Products, find_layers, kind_of, run_layer, set_runners
 from seal_peft.memory.measure import LayerCost, measure_layers
-from seal_peft.memory.policy import LADDER, Plan
+from seal_peft.memory.policy import AUTO, LADDER, Plan
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import rates  # noqa: E402
@@ -148,18 +148,18 @@ LEAST = 1.75 * 1700  # one layer that is recomputed, and its gradients
 
 
 def layers(*parts):
-    return [list(LADDER.values())[part] for part in parts]
+    return [AUTO[part] for part in parts]
 
 
 @pytest.mark.parametrize(
     ("budget", "expected"),
     [
         (LEAST, layers(0, 0, 0)),
-        (LEAST + 2 * 110, layers(0, 1, 1)),
-        (LEAST + 3 * 110 + 100, layers(1, 1, 2)),
-        (LEAST + 3 * 210 + 900, layers(2, 2, 3)),
-        (LEAST + 3 * 1110 + 590, layers(3, 3, 4)),
-        (LEAST + 3 * 1700, layers(4, 4, 4)),
+        (LEAST + 3 * 100 + 2 * 110, layers(0, 1, 1)),
+        (LEAST + 3 * 210 + 890, layers(1, 1, 1)),
+        (LEAST + 3 * 210 + 900, layers(1, 1, 2)),
+        (LEAST + 3 * 1110 + 590, layers(2, 2, 3)),
+        (LEAST + 3 * 1700, layers(3, 3, 3)),
     ],
 )
 def test_memory_goes_to_what_saves_most_time_upper_layers_first(budget, expected):
@@ -172,17 +172,17 @@ _COSTS = st.builds(LayerCost, *[st.integers(0, 1000)] * 4)
 @given(st.lists(_COSTS, min_size=1, max_size=5), st.integers(0, 20_000), st.integers(1, 64))
 def test_a_plan_never_needs_more_than_there_is_if_anything_fits(costs, budget, tokens):
     plan = Plan(tuple(costs), 64, budget)
-    least = plan.bytes_for((Keep(),) * len(costs), tokens)
+    least = plan.bytes_for((AUTO[0],) * len(costs), tokens)
     assert plan.bytes_for(plan.choose(tokens), tokens) <= max(least, budget) + len(costs)
 
 
 @given(st.integers(1, 64))
 def test_shorter_batches_keep_more(tokens):
     plan = Plan((COST,) * 3, 64, round(LEAST) + 800)
-    ranks = [list(LADDER.values()).index(keep) for keep in plan.choose(tokens)]
-    longest = [list(LADDER.values()).index(keep) for keep in plan.choose(64)]
+    ranks = [AUTO.index(keep) for keep in plan.choose(tokens)]
+    longest = [AUTO.index(keep) for keep in plan.choose(64)]
     assert sum(ranks) >= sum(longest)
-    assert list(Plan((COST,) * 3, 64, round(LEAST) + 5100).choose(tokens)) == layers(4, 4, 4)
+    assert list(Plan((COST,) * 3, 64, round(LEAST) + 5100).choose(tokens)) == layers(3, 3, 3)
 
 
 # --- the three policies --------------------------------------------------------------------------------------------
@@ -220,7 +220,7 @@ def test_auto_says_what_it_chose_and_why(monkeypatch):
     assert summary == "auto: at 40 tokens 2 of 2 layers keep all; takes 0.0 of 1.0 GiB"
     give_memory(monkeypatch, 0)
     summary = apply_memory_policy(model, tokens=40).summary
-    assert "2 of 2 layers recompute all, inputs in host memory" in summary
+    assert "2 of 2 layers recompute all; " in summary  # and nothing goes to host memory unasked
     assert summary.endswith("so it may not fit")
 
 

@@ -17,9 +17,8 @@ from .measure import LayerCost, measure_layers
 
 Policy = Literal["auto", "fast", "low"]
 
-# From the least memory to the least time. Per byte, attention outputs save the most time at long lengths; inputs in
-# host memory cost next to none, since their copies run beside the computation; the last rung saves but the cheap
-# operations between matrix products.
+# From the least memory to the least time. Per byte, attention outputs save the most time at long lengths; the last
+# rung saves but the cheap operations between matrix products. Copies to host memory run beside the computation.
 LADDER = {
     "recompute all, inputs in host memory": Keep(),
     "keep attention, inputs in host memory": Keep(attention=True),
@@ -27,7 +26,9 @@ LADDER = {
     "keep inputs, attention and matrix products": Keep(inputs=True, attention=True, matmuls=True),
     "keep all": Keep(everything=True),
 }
-_NAMES = {keep: name for name, keep in LADDER.items()}
+# What `auto` climbs. Host memory is for those who ask for it until its copies have been run on a GPU.
+AUTO = (Keep(inputs=True), *list(LADDER.values())[2:])
+_NAMES = {keep: name for name, keep in LADDER.items()} | {AUTO[0]: "recompute all"}
 # Gradients and temporaries of the layer whose backward pass runs, as a share of what it saves: it stands there in
 # full once it is recomputed, and with it the gradients of its widest tensors.
 _ONE_LAYER = 1.75
@@ -56,7 +57,7 @@ class Plan:
 
     def choose(self, tokens: int) -> tuple[Keep, ...]:
         """Climb the ladder rung by rung, the upper layers first, whose memory the backward pass frees first."""
-        first, *rungs = LADDER.values()
+        first, *rungs = AUTO
         keeps = [first] * len(self.costs)
         free = self.budget - self.bytes_for(tuple(keeps), tokens)
         for rung in rungs:
@@ -94,8 +95,8 @@ def apply_memory_policy(model: nn.Module, policy: Policy = "auto", *, tokens: in
     Args:
         model: A causal language model of transformers on its device, with the adapters that will be trained.
         policy: `fast` keeps everything. `low` keeps nothing: layer inputs wait in pinned host memory, everything
-            else is recomputed. `auto` keeps as much as fits into the free memory, layer by layer, and for shorter
-            batches more.
+            else is recomputed; this has not been run on a GPU yet. `auto` keeps as much as fits into the free memory
+            of the device, layer by layer, and for shorter batches more.
         tokens: For `auto`, tokens of the longest row: it runs one forward pass of that length.
         rows: For `auto`, rows of a batch.
 
