@@ -87,8 +87,14 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
         The samples, in order.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If a row is not a sample; the message names file, line and field. Also if two rows share an id.
     """
+    if not Path(path).exists() or Path(path).is_dir():
+        raise FileNotFoundError(
+            f"There is no file {path}. Give a JSONL file: what `seal-peft make-data` wrote, or rows of your own. See "
+            "'Your own files' in docs/tasks.md."
+        )
     samples: list[Sample] = []
     lines_of_ids: dict[str, int] = {}
     with Path(path).open("rb") as file:

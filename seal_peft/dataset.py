@@ -31,6 +31,7 @@ def training_rows(
         A row a sample, as `encode_training` makes it: `input_ids` and `labels`, equally long.
 
     Raises:
+        TypeError: `samples` are not samples.
         ValueError: There are no samples, one is longer than the model's window, where positions give noise and no
             error, or one is of the test split.
 
@@ -43,6 +44,11 @@ def training_rows(
         rows = training_rows(read_samples("my.jsonl"), tokenizer, model)  # for a Trainer, with AnswerCollator
         ```
     """
+    if isinstance(samples, str) or not all(isinstance(sample, Sample) for sample in samples):
+        raise TypeError(
+            "training_rows needs samples, as `seal_peft.data.read_samples(file)` or `make_samples` returns them; got "
+            f"{samples!r:.80}."
+        )
     if not samples:
         raise ValueError("There are no samples to train on. Make some with `seal-peft make-data`.")
     for sample in samples:

@@ -50,8 +50,10 @@ def make_data(arguments: MakeDataArguments) -> Path:
         The file.
 
     Raises:
-        ValueError: A task, an example, a split, length, depth or number is not allowed.
+        ValueError: A task, an example, a split, length, depth or number is not allowed, or the file is a folder.
     """
+    if Path(arguments.output_file).is_dir():
+        raise ValueError(f"--output_file {arguments.output_file} is a folder. Name the JSONL file to write in it.")
     task = _task_of_file(arguments.task_file) if arguments.task_file else get_task(arguments.task)
     longest = max(arguments.lengths, default=1)
     check_window(load_config(arguments.model_name_or_path), longest, beyond=arguments.allow_beyond_window)

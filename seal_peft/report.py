@@ -210,8 +210,13 @@ def read_metrics(path: Path) -> dict[str, Any]:
     """Read what `seal-peft evaluate` wrote.
 
     Raises:
+        FileNotFoundError: There is no such file.
         ValueError: The file is not JSON, or not that.
     """
+    if not path.exists() or path.is_dir():
+        raise FileNotFoundError(
+            f"There is no file {path}. Give the metrics.json that `seal-peft evaluate` wrote into its --output_dir."
+        )
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:

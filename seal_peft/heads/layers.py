@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from ..tuner import SealConfig
 from ..tuner.geometry import HeadGeometry, default_target_modules
@@ -76,11 +77,14 @@ def find_heads(model: nn.Module, config: SealConfig | None = None) -> Heads:
         The layers with heads, from the bottom up, and the geometry of each.
 
     Raises:
+        TypeError: The model is none of transformers'.
         ValueError: The heads cannot be found, or the model is not a decoder that predicts the next token.
     """
     base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
         raise ValueError("Heads are not analysed under prompt tuning: its virtual tokens are in no sample.")
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(f"find_heads needs a model of transformers, got a {type(base).__name__}.")
     if getattr(base.config, "is_encoder_decoder", False) or base.get_output_embeddings() is None:
         raise ValueError(
             f"{type(base).__name__} is not a decoder-only model with a language-model head, which these scores are "
@@ -105,7 +109,7 @@ def find_heads(model: nn.Module, config: SealConfig | None = None) -> Heads:
         if check_target_module_exists(wanted, name):
             geometry, _ = geometry_of(wanted, base, module, name)
             index, blocks = _place(base, name)
-            lists[blocks] = base.get_submodule(blocks)
+            lists[blocks] = cast(nn.ModuleList, base.get_submodule(blocks))
             attention = base.get_submodule(name.rpartition(".")[0])
             layers.append(HeadLayer(index, name, module, attention, geometry))
     if len(lists) != 1 or len({layer.number for layer in layers}) < len(layers):

@@ -50,6 +50,7 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
         The model to go on with. Its `set_adapter` switches among the adapters of the same method.
 
     Raises:
+        TypeError: The model is no PEFT model yet, or the config is not one of PEFT's.
         ValueError: The name is taken, or the model has adapters of the config's method only.
 
     Example:
@@ -59,7 +60,13 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
         ```
     """
     from peft.mapping_func import get_peft_model  # PEFT imports its tuners first
+    from peft.peft_model import PeftModel
 
+    if not isinstance(model, PeftModel) or not isinstance(config, PeftConfig):
+        raise TypeError(
+            f"add_beside needs a PeftModel and the config of another method, got a {type(model).__name__} and a "
+            f"{type(config).__name__}. Begin with `get_peft_model(model, config)`."
+        )
     if adapter_name in model.peft_config:
         raise ValueError(f"The model has an adapter named {adapter_name!r} already. Give the new one another name.")
     old, new = (str(PeftType(kind).value) for kind in (model.peft_type, config.peft_type))
@@ -161,7 +168,13 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
 def _folders_in(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Find what PEFT wrote for a model with several adapters: "default" in the folder itself, others one below."""
     found = {path.parent.name: str(path.parent) for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))}
-    return ({"default": str(folder)} if (Path(folder) / CONFIG_NAME).is_file() else {}) | found
+    found = ({"default": str(folder)} if (Path(folder) / CONFIG_NAME).is_file() else {}) | found
+    if not found:
+        raise ValueError(
+            f"There is no adapter in {folder}: no {CONFIG_NAME} in it or in a folder below. For adapters on the Hub "
+            'give a dictionary, {"heads": "owner/name", ...}.'
+        )
+    return found
 
 
 # -- for SealModel ----------------------------------------------------------------------------------------------------

@@ -68,8 +68,12 @@ def _settings(config: SealConfig) -> dict[str, Any]:
     return cast(dict[str, Any], json.loads(json.dumps(values, default=sorted)))  # sets become lists
 
 
+def _bytes(packed: Tensor) -> bytes:
+    return bytes(packed.to(torch.uint8).tolist())  # who casts all weights of a file casts these, and loses none
+
+
 def _fingerprint(packed: Tensor) -> str:
-    return _digest(bytes(packed.tolist()))
+    return _digest(_bytes(packed))
 
 
 def _digest(data: bytes) -> str:
@@ -165,11 +169,18 @@ def saved_config(config: SealConfig, packed: Tensor | None, folder: str) -> Seal
 
 def _differences(config: SealConfig, packed: Tensor | None) -> dict[str, tuple[Any, Any]]:
     """Return the settings in which a config and weights of another save differ: name -> both values."""
-    if packed is None or packed.dtype != torch.uint8 or config.fingerprint == _fingerprint(packed):
+    if packed is None or config.fingerprint == _fingerprint(packed):
         return {}
     try:
-        saved = json.loads(bytes(packed.tolist()))
-    except ValueError:  # someone's arithmetic on all of the weights
+        saved = json.loads(_bytes(packed))
+    except ValueError:
+        saved = None
+    if not isinstance(saved, dict):
+        warnings.warn(
+            "The settings that these weights were saved with cannot be read, as after arithmetic on all tensors of a "
+            "file. The config is taken as it is: make sure that it belongs to them.",
+            stacklevel=3,
+        )
         return {}
     both = {name: (own, saved.get(name)) for name, own in _settings(config).items() if own != saved.get(name)}
     if not all(both.get(BASE, (True,))):

@@ -1,0 +1,71 @@
+"""What public entries say to inputs of the wrong kind: what was given, and what to give instead."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model
+from safetensors.torch import load_file, save_file
+
+import seal_peft
+from models import adapted, base_model
+from seal_peft import SealConfig
+from seal_peft.data import read_samples
+from seal_peft.dataset import training_rows
+from seal_peft.heads import find_heads
+from seal_peft.make_data import MakeDataArguments, make_data
+from seal_peft.report import read_metrics
+from seal_peft.tuner.weights import SETTINGS
+
+
+@pytest.mark.parametrize("samples", ["my.jsonl", [{"messages": []}], [Path("my.jsonl")]])
+def test_rows_are_made_of_samples_alone(samples):
+    with pytest.raises(TypeError, match=r"read_samples.*got"):
+        training_rows(samples, None, adapted("llama", "head"))
+
+
+@pytest.mark.parametrize("name", ["nothing.jsonl", "."])
+def test_samples_come_from_a_file(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match="There is no file .*make-data"):
+        read_samples(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["nothing.json", "."])
+def test_metrics_come_from_a_file(tmp_path, name):
+    with pytest.raises(FileNotFoundError, match=r"There is no file .*metrics\.json that `seal-peft evaluate`"):
+        read_metrics(tmp_path / name)
+
+
+def test_samples_are_not_written_over_a_folder(tmp_path):
+    with pytest.raises(ValueError, match="--output_file .* is a folder"):
+        make_data(MakeDataArguments("unread", str(tmp_path)))
+
+
+def test_a_second_method_comes_to_a_peft_model():
+    with pytest.raises(TypeError, match=r"got a LlamaForCausalLM and a SealConfig.*get_peft_model"):
+        seal_peft.add_beside(base_model("llama"), SealConfig(), "heads")
+    with pytest.raises(TypeError, match="got a PeftModel and a str"):
+        seal_peft.add_beside(get_peft_model(base_model("llama"), SealConfig()), "style", "style")
+
+
+def test_a_folder_without_adapters_is_named(tmp_path):
+    with pytest.raises(ValueError, match="There is no adapter in .*a dictionary"):
+        seal_peft.load_adapters(base_model("llama"), tmp_path)
+
+
+def test_heads_are_those_of_a_model_of_transformers():
+    with pytest.raises(TypeError, match="a model of transformers, got a Linear"):
+        find_heads(torch.nn.Linear(2, 2))
+
+
+def test_settings_are_read_from_weights_that_were_cast_and_missed_aloud_after_other_arithmetic(tmp_path):
+    for name, head in (("one", "L0H1"), ("other", "L0H0")):
+        adapted("llama", "head", target_heads=[head]).save_pretrained(tmp_path / name)
+    path = tmp_path / "other" / "adapter_model.safetensors"
+    weights = load_file(tmp_path / "one" / path.name)  # from here on beside the config of the other
+    save_file({name: value.to(torch.float16) for name, value in weights.items()}, path, {"format": "pt"})
+    with pytest.warns(UserWarning, match="is not the one that the weights beside it were saved with"):
+        assert SealConfig.from_pretrained(str(path.parent)).target_heads == ["L0H1"]
+    save_file({n: v // 2 if n.endswith(SETTINGS) else v for n, v in weights.items()}, path, {"format": "pt"})
+    with pytest.warns(UserWarning, match="cannot be read.*The config is taken as it is"):
+        assert SealConfig.from_pretrained(str(path.parent)).target_heads == ["L0H0"]
