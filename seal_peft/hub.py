@@ -20,11 +20,12 @@ from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from .assets import public_id, split_name
+from .assets import public_id
 from .card import CARD_NAME, CardFacts, render_card
 from .files import replacing
 from .plots import plot_scales
 from .report import read_metrics
+from .systems import split_name
 from .tuner import SealConfig, scales
 
 _RUN, _METRICS, _PICTURE = "run.json", "metrics.json", "scales.png"

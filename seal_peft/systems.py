@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .assets import split_name
 from .data import check_window, has_position_table, prompt_hash, trained_prompts, window_of
 from .loading import check_adapter, load_config, load_tokenizer
 from .reach import reach
@@ -51,6 +51,23 @@ class Questions:
     limits: list[int]
     longest: int
     ends: list[int]
+
+
+def split_name(text: str) -> tuple[str, str]:
+    """Split NAME=PATH, what a user calls a system; without a name the folder's own counts.
+
+    Paths may hold the sign, too: what exists is a path, and so is what has a / before the sign.
+
+    Args:
+        text: PATH or NAME=PATH.
+
+    Returns:
+        Name and path.
+    """
+    name, equals, path = text.partition("=")
+    if not equals or "/" in name or Path(text).exists():
+        return Path(text).resolve().name, text
+    return name, path
 
 
 def name_systems(base: str, adapters: Sequence[str], models: Sequence[str], skip_base: bool) -> list[System]:
