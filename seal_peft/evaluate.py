@@ -52,7 +52,10 @@ class EvaluateArguments:
     output_dir: str = field(metadata={"help": "Folder for predictions.jsonl and metrics.json."})
     adapters: list[str] = field(
         default_factory=list,
-        metadata={"help": "Adapter folders or Hub ids of any PEFT method, as PATH or NAME=PATH."},
+        metadata={
+            "help": "Adapter folders or Hub ids of any PEFT method, as PATH or NAME=PATH; NAME=PATH+PATH for LoRA and "
+            "SEAL that answer together."
+        },
     )
     models: list[str] = field(
         default_factory=list, metadata={"help": "Further plain models, e.g. merged ones, as PATH or NAME=PATH."}
@@ -198,7 +201,7 @@ def _fingerprints(
 
     One for each sample, and a last one for the guard's essays, if they are asked for.
     """
-    files = [identity(locate_model(system.model)), system.adapter and identity(system.adapter)]
+    files = [identity(locate_model(system.model)), [*map(identity, system.adapters)]]
     settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation, questions.ends]
     keys = [""] * len(asked)
     for batch in batches:
@@ -238,7 +241,7 @@ def _answer_all(
     batches = batches[processes.process_index :: processes.num_processes]
     model = load_model(systems[0].model, arguments.dtype, arguments.attn_implementation).eval()
     for system in todo:
-        answering = load_adapter(model, system.adapter) if system.adapter else model
+        answering = load_adapter(model, *system.adapters) if system.adapters else model
         own = keys[system.name]
         if guard.samples and own[-1] not in predictions and processes.is_main_process:
             losses = window_losses(answering, guard.essays[system.model])
@@ -256,7 +259,7 @@ def _answer_all(
                     answer_of = dict(zip(batch, answers, strict=True))
                     predictions.add(_row(system, asked[i], answer_of[i], own[i]) for i in missing)
                 progress.update(len(batch))
-        if system.adapter:
+        if system.adapters:
             model = unload_adapter(answering)
 
 

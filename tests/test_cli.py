@@ -220,7 +220,7 @@ def test_stages_hand_each_other_files(tmp_path: Path, capsys: pytest.CaptureFixt
     base = ["--model_name_or_path", model]
     steps = ["--max_steps", 2, "--dtype", "float32", "--disable_tqdm", "true"]
     assert seal("train", *base, "--train_file", train, "--output_dir", adapter, *steps) == 0
-    assert seal("merge", "--adapter_name_or_path", adapter, "--output_dir", merged) == 0
+    assert seal("merge", "--adapter", adapter, "--output_dir", merged) == 0
     systems = ["--adapters", adapter, "--models", merged, "--max_new_tokens", 4, "--dtype", "float32"]
     capsys.readouterr()
     assert seal("evaluate", *base, "--test_file", test, "--output_dir", results, *systems) == 0

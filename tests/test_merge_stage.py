@@ -73,7 +73,7 @@ def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(tm
     models.draw_scales(adapted)
     adapted.peft_config["default"].base_model_name_or_path = str(model)
     adapted.save_pretrained(str(tmp_path / "adapter"))
-    words = ["--adapter_name_or_path", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
+    words = ["--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     assert seal("merge", *words, "--sites", "output") == 0
     plain, old = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", model))
     assert {name for name in old if not torch.equal(old[name], plain[name])} == {
@@ -92,7 +92,7 @@ def test_the_merged_model_has_the_dtype_of_the_base_unless_asked(
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(house / "model").save_pretrained(tmp_path / "model")
     merged = tmp_path / "merged"
-    words = ["--model_name_or_path", tmp_path / "model", "--adapter_name_or_path", house / "adapter"]
+    words = ["--model_name_or_path", tmp_path / "model", "--adapter", house / "adapter"]
     assert seal("merge", *words, "--dtype", asked, "--output_dir", merged) == 0
     assert {str(weight.dtype) for weight in load_file(merged / "model.safetensors").values()} == {f"torch.{stored}"}
 
@@ -183,7 +183,7 @@ def test_other_errors_pass_through_and_leave_nothing(
 
 def refusal(capsys: pytest.CaptureFixture[str], adapter: object, target: Path) -> str:
     capsys.readouterr()
-    assert seal("merge", "--adapter_name_or_path", adapter, "--output_dir", target) == 1
+    assert seal("merge", "--adapter", adapter, "--output_dir", target) == 1
     return error_of(capsys)
 
 
