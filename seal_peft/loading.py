@@ -184,7 +184,8 @@ def split_together(text: str) -> list[str]:
     Returns:
         The paths, in the order given.
     """
-    return [text] if Path(text).exists() else text.split("+")
+    paths = text.split("+")
+    return [text] if Path(text).exists() or not all(paths) else paths
 
 
 def check_together(paths: Sequence[str]) -> None:

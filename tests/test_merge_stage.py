@@ -97,6 +97,14 @@ def test_the_merged_model_has_the_dtype_of_the_base_unless_asked(
     assert {str(weight.dtype) for weight in load_file(merged / "model.safetensors").values()} == {f"torch.{stored}"}
 
 
+def test_adapters_that_are_merged_together_leave_no_rest(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = f"{house / 'adapter'}+{house / 'adapter'}"
+    assert seal("merge", "--adapter", both, "--sites", "query", "--output_dir", tmp_path / "merged") == 1
+    assert "--sites leaves scales at output, output" in error_of(capsys)
+
+
 # --- faults --------------------------------------------------------------------------------------------------------
 
 
