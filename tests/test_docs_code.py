@@ -37,7 +37,7 @@ NOT_RUN = {
     'HF_HUB_OFFLINE=1 python -c "import seal_peft; from lm_eval': "tests/test_lm_eval.py, where lm-eval is installed",
     "python examples/": "tests/test_examples.py; tests/test_serving.py",
     "accelerate launch --multi_gpu": "tests/test_examples.py; tests/test_evaluate_restarts.py",
-    "PYTHONPATH=examples/axolotl": "docs/trainers.md says that it has not been run",
+    "PYTHONPATH=examples/axolotl": "tests/test_examples.py, by `make test-axolotl`",
     "transformers serve": "tests/test_serving.py",
     "curl ": "tests/test_serving.py",
     "python llama_cpp_python": "needs a C++ build of 25 minutes; results/serving-cpu.json",
