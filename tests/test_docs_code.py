@@ -1,7 +1,7 @@
 """The code in README and docs runs as it stands, on a tiny model in place of a real one, pages in an empty folder.
 
 Python blocks run in order and share their names. Of shell blocks `seal-peft` lines run, with less data and fewer
-steps; `NOT_RUN` says why the others do not.
+steps; `NOT_RUN` says why the others do not, and test_docs_blocks.py that they name what is there.
 """
 
 import ast
