@@ -197,6 +197,8 @@ UPSTREAM = {
     "KeyError: 'SEAL'": "tests/test_transformers_api.py",
     "Cannot combine adapters with different peft types": "peft, in tests/test_bad_adapters.py",
     "Repo id must be in the form": "transformers, in tests/test_bad_adapters.py",
+    "Unable to fetch remote file": "peft, where there is no network",
+    "is_activation_checkpointing": "transformers 5.23 under peft 0.21.2",
     "Cannot reach": "huggingface_hub, in tests/test_hub.py",
     "offline mode is enabled": "huggingface_hub, in tests/test_hub.py",
 }
