@@ -314,7 +314,6 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), help="default: all")
     parser.add_argument("--attention", default="default", choices=["default", *BACKENDS])
     parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds")
-    parser.add_argument("--commit", help="of these files, where there is no git")
     parser.add_argument("--output", default="results/step.json")
     arguments = parser.parse_args()
     record: dict[str, Any] = {"size": arguments.size, "labels": LABELS, "runs": [], "results": {}}
@@ -322,10 +321,7 @@ def main() -> None:
         record = json.loads(Path(arguments.output).read_text(encoding="utf-8"))
         if (record["size"], record["labels"]) != (arguments.size, LABELS):
             raise SystemExit(f"{arguments.output} holds another model; give another --output.")
-    source = provenance()
-    record["runs"].append(
-        {"arguments": vars(arguments), **source, "commit": arguments.commit or source["commit"], "seeds": SEEDS}
-    )
+    record["runs"].append({"arguments": vars(arguments), **provenance(), "seeds": SEEDS})
     for length, part, rows in measure(arguments):
         parts = record["results"].setdefault(str(length), {})
         parts[part] = {"run": len(record["runs"]) - 1, "rows": rows}
