@@ -93,15 +93,16 @@ def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
     systems = ["base", "self-extend+seal-c+temperature"]
     settings = {"folder": tmp_path, "model": model, "tasks": "lines", "systems": systems, "batch_tokens": 700}
     run(monkeypatch, "context.py", "work", *words_of(settings))
-    records = {system: tmp_path / "lines" / system / "answers.jsonl" for system in systems}
-    whole = {system: record.read_text() for system, record in records.items()}
-    weights = (tmp_path / "lines" / systems[1] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
-    records["base"].write_text("".join(whole["base"].splitlines(keepends=True)[:2]))
-    for claim in (tmp_path / "claims").iterdir():
-        claim.unlink()
+    folders = {system: tmp_path / "lines" / system for system in systems}
+    whole = {system: json.loads((folder / "answers.json").read_text()) for system, folder in folders.items()}
+    weights = (folders[systems[1]] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    # As after a kill between two batches.
+    (folders["base"] / "answers.json").write_text(json.dumps(dict(list(whole["base"].items())[:2])))
+    for folder in folders.values():
+        (folder / "asked.json").unlink()
     run(monkeypatch, "context.py", "work", *words_of(settings))
-    assert {system: record.read_text() for system, record in records.items()} == whole
-    assert (tmp_path / "lines" / systems[1] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert {system: json.loads((f / "answers.json").read_text()) for system, f in folders.items()} == whole
+    assert (folders[systems[1]] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == weights
     run(monkeypatch, "context.py", "merge", *words_of({**settings, "output": tmp_path / "out.json"}))
     result = json.loads((tmp_path / "out.json").read_text())
     assert [cell["n"] for cell in result["tasks"]["lines"]["cells"] if cell["depth"] is None] == [2, 2, 2, 2]
