@@ -50,6 +50,12 @@ def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(
         for values in own["equality"]["float32"].values():
             assert values["mean"] <= values["sample"] < 1e-4
             assert values["noise"]["same"] == 1.0
+    pieces = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speed").iterdir()}
+    assert len(pieces) == 2 * 3  # times, and two kinds of contexts, at each length
+    run(monkeypatch, "heads.py", *words, "--parts", "speed")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speed").iterdir()} == pieces
+    with pytest.raises(SystemExit, match="was measured with .*'check_heads': 2"):
+        run(monkeypatch, "heads.py", *words, "--parts", "speed", "--check_heads", 3)
     systems = {cell["system"] for cell in quadrants["logprob"]}
     assert systems == {"base", "Q1x0.9", "Q3x0.9", "Q1x0.9-Q3x1.1", "seal-head", "seal-channel"}
 
