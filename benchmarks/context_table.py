@@ -23,6 +23,7 @@ from seal_peft.tasks import SPLITS
 def merge(arguments: argparse.Namespace) -> None:
     """Put all answers together: results, table, picture."""
     results: dict[str, Any] = {"model": arguments.model, "extensions": EXTENSIONS}
+    results["seeds"] = {"training": "beside each", "samples": 0}
     results |= {"samples": {}, "training": {}, "tasks": {}}
     sources = []
     for task in arguments.tasks:
@@ -65,9 +66,9 @@ def training_of(record: Path) -> dict[str, Any] | None:
 
 
 def cells(summary: dict[str, Any], system: str) -> dict[int, float]:
-    """Mean score by length; depths were drawn at random."""
-    found = {cell["length"]: cell["accuracy"] for cell in summary["cells"] if cell["system"] == system}
-    return dict(sorted(found.items()))
+    """Mean score by length, over all depths."""
+    own = [cell for cell in summary["cells"] if cell["system"] == system and cell["depth"] is None]
+    return {cell["length"]: cell["accuracy"] for cell in sorted(own, key=lambda cell: cell["length"])}
 
 
 def table(summary: dict[str, Any], systems: list[str]) -> str:

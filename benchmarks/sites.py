@@ -49,6 +49,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 GROWING = "output-head+growing query"
 NTK = {"rope_type": "ntk", "factor": 4.0}
+SEEDS = {"training": "of each run, also of its samples", "validation samples": 1000, "test samples": 0}
 
 
 @dataclass(frozen=True)
@@ -124,8 +125,8 @@ class Bench:
             f"train-{seed}": (setting.train_lengths, setting.contexts, setting.questions, seed)
             for seed in range(self.options.seeds)
         }
-        numbers["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, 1000)
-        numbers["test"] = (setting.test_lengths, self.options.num_samples, 1, 0)
+        numbers["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, SEEDS["validation samples"])
+        numbers["test"] = (setting.test_lengths, self.options.num_samples, 1, SEEDS["test samples"])
         files = {name: [(length, *rest) for length in lengths] for name, (lengths, *rest) in numbers.items()}
         make_lines(self.options.model, self.folder, files)
 
@@ -281,7 +282,7 @@ def run(benches: list[Bench], options: argparse.Namespace) -> None:
         for own in entry["runs"]
         if entry["rate"]
     ]
-    write_json(options.output, {"task": "lines", **results, **source_of(runs)})
+    write_json(options.output, {"task": "lines", "seeds": SEEDS, **results, **source_of(runs)})
     for name, result in results.items():
         for system, entry in result["systems"].items():
             cells = " ".join(f"{length}: {cell['mean']:.3f}" for length, cell in entry["accuracy"].items())

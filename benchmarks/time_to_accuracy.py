@@ -58,6 +58,7 @@ METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any], tuple[float, ...]]] =
     "dora": (LoraConfig, {"r": 4, "use_dora": True, "target_modules": PROJECTIONS}, LORA_RATES),
 }
 REACHED = (0.90, 0.95)
+SEEDS = {"training": "of each run, also of its samples", "validation samples": 100_000, "test samples": 0}
 
 
 @dataclass(frozen=True)
@@ -203,8 +204,8 @@ class Bench:
         for seed in range(size.seeds):
             mixed = [part for length in size.lengths for part in _parts(length, size.contexts, questions, seed)]
             files |= {f"mixed-{seed}": mixed, f"full-{seed}": _parts(longest, size.full, 1, seed)}
-        files["valid"] = [(longest, size.valid, 1, 100_000)]
-        files["test"] = _parts(longest, self.options.num_samples, 1, 0)
+        files["valid"] = [(longest, size.valid, 1, SEEDS["validation samples"])]
+        files["test"] = _parts(longest, self.options.num_samples, 1, SEEDS["test samples"])
         make_lines(self.options.model, self.folder, files)
 
     def samples(self, name: str) -> list[Sample]:
@@ -447,7 +448,7 @@ def merge(bench: Bench) -> None:
         sys.exit(f"{len(missing)} jobs are left, {missing[0]} first: use `run`.")
     result = bench.summary()
     runs = [run for entry in result["systems"].values() for run in entry["runs"]]
-    write_json(bench.options.output, {"task": "lines", **result, **source_of(runs)})
+    write_json(bench.options.output, {"task": "lines", "seeds": SEEDS, **result, **source_of(runs)})
     print(f"{table(result['systems'])}\nwritten to {bench.options.output}")
 
 

@@ -109,11 +109,14 @@ def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
     run(monkeypatch, "context.py", "work", *words_of(settings))
     assert {system: json.loads((f / "answers.json").read_text()) for system, f in folders.items()} == whole
     assert (folders[systems[1]] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    first = next(iter(whole["base"]))  # the longest
+    right = {**whole["base"], first: {**whole["base"][first], "score": 1.0}}
+    (folders["base"] / "answers.json").write_text(json.dumps(right))
     run(monkeypatch, "context.py", "merge", *words_of({**settings, "output": tmp_path / "out.json"}))
     result = json.loads((tmp_path / "out.json").read_text())
     assert [cell["n"] for cell in result["tasks"]["lines"]["cells"] if cell["depth"] is None] == [2, 2, 2, 2]
     assert result["training"][f"lines, {systems[1]}"]["samples"] == 2
-    assert "| base | " in capsys.readouterr().out
+    assert "| base | 0.00 | 0.50 |" in capsys.readouterr().out
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -33,6 +33,8 @@ from .parts import PARTS, QUADRANTS, RATES, Data, Part, Training, shrunk
 from .pictures import draw_grid, draw_transfer
 from .share import make_all
 
+_WINDOW = 8192  # of SmolLM2
+
 
 @dataclass
 class ReproduceArguments:
@@ -55,7 +57,7 @@ class ReproduceArguments:
         default="full", metadata={"help": "tiny: only to see that everything runs; its scores mean nothing."}
     )
     per_device_eval_batch_size: int = field(
-        default=8, metadata={"help": "Prompts of the greatest length generated together."}
+        default=8, metadata={"help": "Prompts of up to 8,192 tokens generated together; longer ones are fewer."}
     )
 
 
@@ -226,6 +228,8 @@ class _Run:
 
     def evaluate(self, folder: Path, systems: dict[str, Path | None]) -> dict[str, Any]:
         """Let systems answer, as far as the folder has no answers of theirs."""
+        # A batch of unequal prompts needs a mask of length times length for each of them.
+        share = min(1.0, (_WINDOW / max(self.part.test.lengths)) ** 2)
         return evaluate(
             EvaluateArguments(
                 self.model,
@@ -235,7 +239,7 @@ class _Run:
                 skip_base=BASE not in systems,
                 allow_beyond_window=True,
                 guard=self.part.guard,
-                per_device_eval_batch_size=self.arguments.per_device_eval_batch_size,
+                per_device_eval_batch_size=max(1, int(share * self.arguments.per_device_eval_batch_size)),
             )
         )
 
