@@ -119,7 +119,7 @@ def spread(words: Sequence[str], workers: int) -> None:
     """
     gpus = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
     gpus = gpus or [str(number) for number in range(max(1, torch.cuda.device_count()))]
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     running = []
     try:
         for number in range(workers):
@@ -130,6 +130,8 @@ def spread(words: Sequence[str], workers: int) -> None:
     finally:  # an interrupt ends the workers, too
         for process in running:
             process.terminate()
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
 
 
 def source_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import torch
 from jobs import do_jobs, interval_over_seeds, make_lines, mean_loss, score_answers, source_of, spread
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from seal_peft import SealConfig, save_adapter
 from seal_peft.data import read_samples
@@ -37,6 +37,7 @@ from seal_peft.files import write_json
 from seal_peft.loading import load_model, load_tokenizer
 from seal_peft.provenance import provenance
 from seal_peft.tokens import AnswerCollator, encode_training
+from seal_peft.train import SealTrainingArguments
 from seal_peft.tuner.query import QueryLinear
 
 BOTH = ("output", "query")
@@ -153,7 +154,7 @@ class Bench:
         if system == GROWING:
             make_growing(model)
         rows = self.rows(f"train-{seed}")
-        arguments = TrainingArguments(
+        arguments = SealTrainingArguments(
             str(output),
             per_device_train_batch_size=1,
             gradient_accumulation_steps=4,
@@ -162,7 +163,7 @@ class Bench:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             max_grad_norm=1.0,
-            gradient_checkpointing=self.setting.checkpointing,
+            activation_checkpointing=self.setting.checkpointing,
             logging_steps=20,
             save_strategy="no",
             report_to="none",

@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 import models
 import tokenizers_for_tests as tokenizers_
+from pages import filled
 from seal_peft import SealConfig
 from seal_peft.data import write_samples
 from seal_peft.generation import generate_answers
@@ -56,6 +57,8 @@ def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speed").iterdir()} == pieces
     with pytest.raises(SystemExit, match="was measured with .*'check_heads': 2"):
         run(monkeypatch, "heads.py", *words, "--parts", "speed", "--check_heads", 3)
+    (table,) = filled("results/heads-quadrants.json", json.loads((tmp_path / "heads-quadrants.json").read_text()))
+    assert "| system | accuracy at 300 | nats at 300 |" in table
     systems = {cell["system"] for cell in quadrants["logprob"]}
     assert systems == {"base", "Q1x0.9", "Q3x0.9", "Q1x0.9-Q3x1.1", "seal-head", "seal-channel"}
 
@@ -117,6 +120,9 @@ def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
     assert [cell["n"] for cell in result["tasks"]["lines"]["cells"] if cell["depth"] is None] == [2, 2, 2, 2]
     assert result["training"][f"lines, {systems[1]}"]["samples"] == 2
     assert "| base | 0.00 | 0.50 |" in capsys.readouterr().out
+    result["training"][f"lines, {systems[1]}"]["peak_memory_bytes"] = 2e9  # of a GPU
+    (shown,) = filled("results/context-smollm2.json", result)
+    assert "| base | 0.00 (0.00 to 0.66) | 0.50 (0.09 to 0.91) |" in shown
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 

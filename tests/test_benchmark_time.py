@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pages import filled
 from seal_peft.data import read_samples
 from stages import save_model
 
@@ -47,6 +48,8 @@ def test_tokens_and_points_are_those_of_the_training(bench):
         assert run["points"][0]["seconds"] == run["points"][0]["tokens"] * entry["seconds_per_token"]
         assert entry["rate"] == float(min(entry["search"], key=lambda rate: entry["search"][rate]))
         assert len(entry["search"]) == 2
+    main, knobs = filled("results/time-to-accuracy.json", result)
+    assert "| seal-c | 96 |" in main
     assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
 
 
