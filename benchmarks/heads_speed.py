@@ -22,6 +22,7 @@ from seal_peft.heads.layers import Heads, scoring
 from seal_peft.loading import load_model, load_tokenizer
 from seal_peft.provenance import provenance
 
+FLOAT32 = 1024  # tokens up to which maps are compared in float32, too; beyond, that takes minutes
 # What torch tries first for a causal text on an H100 or H200.
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
@@ -53,8 +54,7 @@ def speed_at(options: argparse.Namespace, length: int) -> dict[str, Any]:
     result = piece(options, f"{length}-times", lambda: speed_of(options, found(options.dtype), rows))
     result["equality"] = {}
     usual = str(found(options.dtype).base.dtype).removeprefix("torch.")
-    # In float32 the maps take minutes at great lengths.
-    for dtype in dict.fromkeys((usual, *(["float32"] if length == min(options.lengths) else []))):
+    for dtype in dict.fromkeys((usual, *(["float32"] if length <= FLOAT32 else []))):
         result["equality"][dtype] = {
             name: piece(
                 options,

@@ -39,6 +39,7 @@ from seal_peft.memory.measure import measure_layers
 from seal_peft.memory.policy import LADDER, apply_memory_policy
 from seal_peft.provenance import provenance
 
+PARTS = ["rates", "systems", "policies"]
 LABELS = 20
 SEEDS = {"weights": 0, "tokens": "the length"}
 FLOOR = "frozen floor"
@@ -309,7 +310,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="8b", choices=list(SIZES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16_384, 31_744])
-    parser.add_argument("--parts", nargs="+", default=["rates", "systems", "policies"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--systems", nargs="+", choices=list(METHODS), help="methods beside the floor; default: all")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), help="default: all")
     parser.add_argument("--attention", default="default", choices=["default", *BACKENDS])
