@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -86,7 +87,7 @@ class TimeIsUpError(Exception):
 def do_jobs(jobs: Mapping[Path, Callable[[], object]], until: float = math.inf) -> bool:
     """Do the jobs whose last file is not there yet, sharing them with the other processes that are at the same.
 
-    A process that is killed leaves its job to the next who asks.
+    A process that is killed leaves its job to the next who asks. A job that fails keeps nobody from the others.
 
     Args:
         jobs: What to do, by the path of the file that it writes last.
@@ -94,16 +95,27 @@ def do_jobs(jobs: Mapping[Path, Callable[[], object]], until: float = math.inf) 
 
     Returns:
         Whether all jobs are done.
+
+    Raises:
+        SystemExit: Some failed.
     """
+    failed = []
 
     def begin(path: Path, do: Callable[[], object]) -> None:
         if time.time() > until:
             raise TimeIsUpError
-        do()
-        print(path, flush=True)
+        try:
+            do()
+        except Exception:  # whatever it was, it is shown, and the process ends with an error after the other jobs
+            traceback.print_exc()
+            failed.append(path)
+        else:
+            print(path, flush=True)
 
     with suppress(TimeIsUpError):
         make_all({path: partial(begin, path, do) for path, do in jobs.items()})
+    if failed:
+        sys.exit(f"{len(failed)} jobs failed, {failed[0]} first.")
     return all(path.is_file() for path in jobs)
 
 

@@ -37,6 +37,16 @@ def test_no_job_begins_when_the_time_is_up_and_finished_ones_stay(tmp_path: Path
     assert jobs.do_jobs(done)
 
 
+def test_a_job_that_fails_keeps_nobody_from_the_others_and_fails_the_call(
+    tmp_path: Path, jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    with pytest.raises(SystemExit, match="1 jobs failed, .*bad first"):
+        jobs.do_jobs({bad: lambda: 1 / 0, good: good.touch})
+    assert good.is_file()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
 def test_workers_are_spread_over_the_gpus_that_may_be_seen_and_a_failing_one_fails_the_call(
     tmp_path: Path, jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
