@@ -33,8 +33,6 @@ from .parts import PARTS, QUADRANTS, RATES, Data, Part, Training, shrunk
 from .pictures import draw_grid, draw_transfer
 from .share import make_all
 
-_WINDOW = 8192  # of SmolLM2
-
 
 @dataclass
 class ReproduceArguments:
@@ -228,8 +226,6 @@ class _Run:
 
     def evaluate(self, folder: Path, systems: dict[str, Path | None]) -> dict[str, Any]:
         """Let systems answer, as far as the folder has no answers of theirs."""
-        # A batch of unequal prompts needs a mask of length times length for each of them.
-        share = min(1.0, (_WINDOW / max(self.part.test.lengths)) ** 2)
         return evaluate(
             EvaluateArguments(
                 self.model,
@@ -239,7 +235,7 @@ class _Run:
                 skip_base=BASE not in systems,
                 allow_beyond_window=True,
                 guard=self.part.guard,
-                per_device_eval_batch_size=max(1, int(share * self.arguments.per_device_eval_batch_size)),
+                per_device_eval_batch_size=self.part.test.together(self.arguments.per_device_eval_batch_size),
             )
         )
 
@@ -262,6 +258,7 @@ class _Run:
             "about": self.part.about,
             "paper": self.part.paper,
             "settings": asdict(self.part),
+            "random_seeds": {"trainings and their samples": [*self.seeds], "test samples": 0, "samples of maps": 100},
             "trainings": {name: {key: run[key] for key in keys if key in run} for name, run in records.items()},
             **metrics,
         }
