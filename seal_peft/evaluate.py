@@ -26,6 +26,7 @@ from .loading import (
     locate_model,
     pick_device,
     pick_dtype,
+    read_adapter,
     unload_adapter,
 )
 from .predictions import Predictions, fingerprint, identity
@@ -101,6 +102,9 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     systems = name_systems(arguments.model_name_or_path, arguments.adapters, arguments.models, arguments.skip_base)
     _check_numbers(arguments)
     samples = _read_test_file(arguments.test_file)
+    for system in systems:
+        if system.adapter:
+            read_adapter(system.adapter)  # a mistyped name shows before all prompts are turned into tokens
     check_held_out(systems, samples, arguments.test_file)
     models = list(dict.fromkeys(system.model for system in systems))
     guard = make_guard(models) if arguments.guard else Guard()

@@ -398,7 +398,9 @@ def test_a_cut_off_or_broken_adapter_is_found_before_the_model_is_loaded(refused
 
 def test_what_is_no_adapter_is_refused_by_name(refused, own_house: Path) -> None:
     assert "is not an adapter: give a folder that holds" in refused("--adapters", own_house / "model")
-    assert "runs/no/such/adapter' is not an adapter" in refused("--adapters", "runs/no/such/adapter")
+    assert "There is no folder 'runs/no/such/adapter'. Give" in refused("--adapters", "runs/no/such/adapter")
+    complaint = refused("--adapters", "mine=typo/adapter")
+    assert "There is no folder 'typo/adapter', and the Hub, where it was looked up, did not answer" in complaint
     config = own_house / "seal" / "adapter_config.json"
     config.write_text(config.read_text().replace('"SEAL"', '"WALRUS"'))
     assert "method 'WALRUS', which this PEFT does not know" in refused("--adapters", own_house / "seal")

@@ -151,7 +151,7 @@ def test_the_adapted_model_can_be_scored_in_place_of_the_base(house: Path) -> No
         (["--quadrants", "Q9=2"], "Write Q1=0.9,Q3=1.1"),
         (["--channels_of", "L7H0"], "The model has no head 'L7H0'"),
         (["--apply_adapter"], "--apply_adapter needs an --adapter"),
-        (["--adapter", "nowhere"], "'nowhere' is not an adapter"),
+        (["--adapter", "nowhere"], "There is no folder 'nowhere', and the Hub"),
         (["--generate_heads", "-1"], "--generate_heads -1 --batch_tokens"),
         (["--dtype", "int8"], "dtype"),
     ],
