@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .data import read_samples
 from .files import write_json
+from .folders import check_output_folder
 from .generation import generate_answers, make_batches
 from .guard import Guard, make_guard, summarise_guard, window_losses
 from .loading import (
@@ -96,11 +97,12 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         What `metrics.json` holds; nothing in processes other than the first.
 
     Raises:
-        ValueError: Bad rows, names, lengths or adapters, or samples that an adapter was trained on; raised before any
-            model is loaded.
+        ValueError: Bad rows, names, lengths or adapters, samples that an adapter was trained on, or an output folder
+            of another stage; raised before any model is loaded.
     """
     systems = name_systems(arguments.model_name_or_path, arguments.adapters, arguments.models, arguments.skip_base)
     _check_numbers(arguments)
+    check_output_folder(Path(arguments.output_dir), "evaluate")
     samples = _read_test_file(arguments.test_file)
     for system in systems:
         if system.adapter:

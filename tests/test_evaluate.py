@@ -406,6 +406,25 @@ def test_what_is_no_adapter_is_refused_by_name(refused, own_house: Path) -> None
     assert "method 'WALRUS', which this PEFT does not know" in refused("--adapters", own_house / "seal")
 
 
+def test_training_and_evaluation_do_not_mix_their_files(
+    own_house: Path, everyone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_house / "model" / "model.safetensors").unlink()
+    (own_house / "killed" / "checkpoint-3").mkdir(parents=True)
+    base = ["--model_name_or_path", own_house / "model", "--output_dir"]
+    train = ["--train_file", save_samples(own_house / "train.jsonl", num_samples=1), "--overwrite_output_dir"]
+    for folder, held in (("seal", "adapter_config.json"), ("killed", "checkpoint-3"), ("merged", "config.json")):
+        assert seal("evaluate", *base, own_house / folder, "--test_file", own_house / "test.jsonl") == 1
+        assert re.search(rf"/{folder} holds what `seal-peft \w+` writes \({held}.* Choose an", error_of(capsys))
+    before = answers_of(everyone)
+    for folder, held in ((everyone, "metrics.json, predictions.jsonl"), (own_house / "merged", "config.json")):
+        assert seal("train", *base, folder, *train) == 1
+        assert f"{folder} holds what `seal-peft " in (complaint := error_of(capsys))
+        assert f"({held}" in complaint
+    assert answers_of(everyone) == before
+    assert not (everyone / "unfinished.json").exists()
+
+
 def test_a_path_may_hold_the_sign_that_ends_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=0.1").mkdir()
