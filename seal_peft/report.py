@@ -131,7 +131,7 @@ def _picture(draw: Callable[[Path], Path | None], path: Path, what: str) -> list
 
 def overall_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of all systems, the header first."""
-    rows = [["system", "score", "95% interval", "samples", "difference to base", "p"]]
+    rows = [["system", "score", "95% interval", "samples", "difference to base (95% interval)", "p"]]
     for name, result in metrics["systems"].items():
         row = [name, f"{result['accuracy']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}", str(result["n"])]
         difference = result.get("difference_to_base")
@@ -164,7 +164,7 @@ def guard_tables(metrics: dict[str, Any]) -> dict[str, list[list[str]]]:
 
 def guard_rows(guard: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of perplexities, the header first."""
-    rows = [["system", "perplexity", "loss", "95% interval", "difference to base"]]
+    rows = [["system", "perplexity", "loss", "95% interval", "difference to base (95% interval)"]]
     for name, own in guard.items():
         difference = own.get("difference_to_base")
         change = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**difference) if difference else ""
