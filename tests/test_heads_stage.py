@@ -38,7 +38,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FULL = ["--ablations", "zero", "mean", "--channels_of", "L0H1", "--generate_heads", 1, "--quadrants", "Q1=0.9,Q3=1.1"]
+FULL = ["--scores", "pruning", "gradient", "retrieval", "direct_effect"]  # in an order that is not the default
+FULL += ["--ablations", "zero", "mean", "--channels_of", "L0H1", "--generate_heads", 1, "--quadrants", "Q1=0.9,Q3=1.1"]
 
 
 def run(folder: Path, *words: object, out: str = "out") -> int:
