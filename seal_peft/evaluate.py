@@ -163,12 +163,18 @@ def _read_test_file(path: str) -> list[Sample]:
     if not samples:
         raise ValueError(f"{path} holds no samples. Make some with `seal-peft make-data`.")
     for line, sample in enumerate(samples, start=1):
-        name = "task"
         try:
-            score, name = get_task(sample.task).score, "answers"
+            score = get_task(sample.task).score
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: Field 'task': {error}") from error
+        try:
             score("0", sample.answers)  # a digit, because the rule of `lines` reads numbers
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}: Field {name!r}: {error}") from error
+            raise ValueError(
+                f"{path}, line {line}: Field 'answers': the rule of {sample.task!r} cannot read "
+                f"{sample.answers!r:.70} ({error}). Give answers of the kind that it scores, or another task; "
+                "docs/tasks.md has the rules."
+            ) from error
     return samples
 
 

@@ -60,10 +60,15 @@ def load_config(model_name_or_path: str) -> Any:
 
     Raises:
         OSError: There is no such model, or no way to it.
+        ValueError: It is an adapter.
     """
     name = locate_model(model_name_or_path)
     if reason := _not_found(name, "config.json"):
         raise OSError(f"{reason} Give the folder of a model, a Hub id, or the word smollm2.")
+    if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{model_name_or_path} is an adapter, not a model. `seal-peft evaluate` takes it in --adapters."
+        )
     try:
         return AutoConfig.from_pretrained(name)
     except OSError as error:

@@ -399,6 +399,7 @@ def test_a_cut_off_or_broken_adapter_is_found_before_the_model_is_loaded(refused
 def test_what_is_no_adapter_is_refused_by_name(refused, own_house: Path) -> None:
     assert "is not an adapter: give a folder that holds" in refused("--adapters", own_house / "model")
     assert "There is no folder 'runs/no/such/adapter'. Give" in refused("--adapters", "runs/no/such/adapter")
+    assert "is an adapter, not a model" in refused("--models", own_house / "seal")
     complaint = refused("--adapters", "mine=typo/adapter")
     assert "There is no folder 'typo/adapter', and the Hub, where it was looked up, did not answer" in complaint
     config = own_house / "seal" / "adapter_config.json"
@@ -501,7 +502,7 @@ def test_a_row_that_cannot_be_scored_is_named_by_line_and_field(refused, own_hou
     assert "broken.jsonl, line 2: Field 'task': There is no task 'chess'" in refused(test_file=broken)
     row = {**json.loads(rows[1]), "answers": ["landlord"]}
     broken.write_text(rows[0] + json.dumps(row) + "\n")
-    assert "broken.jsonl, line 2: Field 'answers': " in refused(test_file=broken)
+    assert "broken.jsonl, line 2: Field 'answers': the rule of 'lines' cannot read" in refused(test_file=broken)
     broken.write_text(rows[0] + rows[1][:50] + "\n")
     assert "broken.jsonl, line 2: The row is not JSON (" in refused(test_file=broken)
     broken.write_text(rows[0] + json.dumps({**row, "depth": 7}) + "\n")
