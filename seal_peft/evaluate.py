@@ -143,9 +143,12 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
     predictions = Predictions(path)
     predictions.keep_only(keys)
-    scores = {name: [predictions[key]["score"] for key in own[: len(asked)]] for name, own in keys.items()}
+    rows = {name: [predictions[key] for key in own[: len(asked)]] for name, own in keys.items()}
+    scores = {name: [row["score"] for row in own] for name, own in rows.items()}
     own_scores = {name: own[: len(samples)] for name, own in scores.items()}
     metrics = summarise(samples, own_scores, BASE, arguments.effective_threshold)
+    if more := _more_scores(samples, rows):
+        metrics["more_scores"] = more
     if arguments.guard:
         losses = {name: predictions[own[-1]]["losses"] for name, own in keys.items()}
         essays = {system.name: guard.essays[system.model] for system in systems}
@@ -176,6 +179,17 @@ def _read_test_file(path: str) -> list[Sample]:
                 "docs/tasks.md has the rules."
             ) from error
     return samples
+
+
+def _more_scores(samples: list[Sample], rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Results by the further rules of a task, as `systems` has them by its own: by task and name of the rule."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in dict.fromkeys(sample.task for sample in samples):
+        places = [index for index, sample in enumerate(samples) if sample.task == task]
+        for rule in get_task(task).more_scores:
+            scores = {system: [own[index][rule] for index in places] for system, own in rows.items()}
+            found.setdefault(task, {})[rule] = summarise([samples[i] for i in places], scores, BASE)["systems"]
+    return found
 
 
 def _by_task(samples: list[Sample], label: str) -> dict[str, list[str]]:

@@ -77,6 +77,9 @@ def _results(metrics: dict[str, Any], folder: Path) -> list[str]:
     parts += notes(metrics)
     parts += ["## Scores", markdown_table(overall_rows(metrics))]
     parts.append(f"Mean over all samples. {_ABOUT_P}")
+    for task, rules in metrics.get("more_scores", {}).items():
+        for rule, systems in rules.items():
+            parts += [f"`{task}` by `{rule}`, for comparison:", markdown_table(overall_rows({"systems": systems}))]
     parts += ["## By length", markdown_table(length_rows(metrics)), "Mean score, in brackets its 95% interval."]
     if beyond := _beyond(metrics):
         parts.append(f"\\* longer than what the system reaches: {beyond}.")

@@ -22,14 +22,16 @@ import models
 import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
 from seal_peft import SealConfig, assets
-from seal_peft.data import prompt_hash, read_samples, write_samples
+from seal_peft.data import make_samples, prompt_hash, read_samples, write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
 from seal_peft.files import write_json
 from seal_peft.loading import check_adapter, load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
+from seal_peft.report import ReportArguments, report
 from seal_peft.systems import name_systems
 from seal_peft.tasks import haystacks
+from seal_peft.tasks import metrics as score
 from stages import WINDOW, error_of, python, save_model, save_samples, seal, some_samples
 
 ADAPTERS = {
@@ -130,6 +132,25 @@ def test_answers_are_those_of_plain_greedy_generation(house: Path, everyone: Pat
         written = model.generate(**prompt, max_new_tokens=6, do_sample=False, pad_token_id=tokenizer.eos_token_id)
         answer = tokenizer.decode(written[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
         assert answers_of(everyone)["seal", sample.id] == answer
+
+
+def test_needles_are_scored_by_the_rule_of_other_publications_too(own_house: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(own_house / "model")
+    made = make_samples("needle_noise", tokenizer=tokenizer, split="test", lengths=[500], num_samples=4)
+    write_samples(own_house / "test.jsonl", [*some_samples("test", num_samples=1), *made])
+    evaluate_in(own_house, tmp_path)
+    rows = rows_of(tmp_path)
+    mine = [row for row in rows if row["task"] == "needle_noise" and row["system"] == "seal"]
+    assert [row["word_recall"] for row in mine] == [score.word_recall(row["answer"], row["answers"]) for row in mine]
+    # A tiny model finds nothing, so one finished answer is made a good one.
+    mine[1]["word_recall"] = 0.5
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = evaluate_in(own_house, tmp_path)
+    assert list(metrics["more_scores"]) == ["needle_noise"]
+    found = metrics["more_scores"]["needle_noise"]["word_recall"]["seal"]
+    assert (found["n"], found["accuracy"], found["difference_to_base"]["mean"]) == (4, 0.125, 0.125)
+    text = report(ReportArguments(str(tmp_path / "report"), str(tmp_path / "metrics.json"))).read_text()
+    assert "`needle_noise` by `word_recall`, for comparison:\n\n| system |" in text
 
 
 @pytest.mark.parametrize("batch_size", [1, 4])
