@@ -23,7 +23,7 @@ from .tuner import scales
 logger = logging.getLogger(__name__)
 
 
-_ABOUT = {"Model": "model_name_or_path", "Samples": "test_file"}
+_ABOUT = {"Model": "model_name_or_path", "Adapters": "adapters", "Other models": "models", "Samples": "test_file"}
 _ABOUT_P = "p: how probable so uneven a count of better and worse answers is if neither system is better."
 
 
@@ -72,7 +72,9 @@ def _results(metrics: dict[str, Any], folder: Path) -> list[str]:
     """Paragraphs about what was measured; draws their pictures."""
     tasks = sorted({cell["task"] for cell in metrics["cells"]})
     arguments = metrics.get("arguments", {})
-    parts = [f"{name}: `{arguments[key]}`" for name, key in _ABOUT.items() if key in arguments]
+    about = {name: arguments.get(key) or [] for name, key in _ABOUT.items()}
+    about = {name: [given] if isinstance(given, str) else given for name, given in about.items()}
+    parts = [f"{name}: {', '.join(f'`{one}`' for one in given)}" for name, given in about.items() if given]
     parts.append("\n".join(f"- `{task}`: {TASKS[task].description}" for task in tasks if task in TASKS))
     parts += notes(metrics)
     parts += ["## Scores", markdown_table(overall_rows(metrics))]

@@ -126,14 +126,19 @@ def test_the_report_shows_pictures_effective_lengths_guard_and_wording(
         wording={"needle": ["own"]},
         haystack={"needle": ["nvidia", "own"]},
         windows={"base": 512, "adapter": None},
-        arguments={"model_name_or_path": "my/model", "test_file": "test.jsonl"},
+        arguments={
+            "model_name_or_path": "my/model",
+            "test_file": "test.jsonl",
+            "adapters": ["a=x", "y"],
+            "models": [],
+        },
     )
     write_json(tmp_path / "metrics.json", metrics)
     text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(tmp_path / "metrics.json"))).read_text()
     for name in ("needle-lengths", "needle-depths"):
         assert f"({name}.png)" in text
         assert {path.suffix for path in (tmp_path / "out").glob(f"{name}.*")} == {".png", ".json"}
-    assert "Model: `my/model`\n\nSamples: `test.jsonl`" in text
+    assert "Model: `my/model`\n\nAdapters: `a=x`, `y`\n\nSamples: `test.jsonl`" in text
     assert table(text, "task")[2:] == [
         ["needle (own wording)", "512", "4", "0.750 (0.30 to 0.95)", "0.750 (0.30 to 0.95)"],
         ["needle (own wording)", "1024", "4", "0.250\\* (0.05 to 0.70)", "0.750 (0.30 to 0.95)"],
