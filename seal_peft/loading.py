@@ -137,8 +137,13 @@ def _not_found(name: str, file: str) -> str | None:
     except HFValidationError:
         return f"There is no folder {name!r}."
     except Exception as error:  # what a network can do to a request depends on the Hub's client and its version
-        return f"There is no folder {name!r}, and the Hub, where it was looked up, did not answer ({error})."
-    return f"There is no folder {name!r}, and the Hub, where it was looked up, has no such {file} either."
+        return (
+            f"There is no folder {name!r}, and the Hub, where it was looked up, refused or did not answer ({error})."
+        )
+    return (
+        f"There is no folder {name!r}, and the Hub, where it was looked up, has no such {file} either. (For a private "
+        "repository, log in with `hf auth login`.)"
+    )
 
 
 def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:

@@ -175,7 +175,7 @@ def test_a_mistyped_folder_costs_one_question_to_the_hub_and_is_called_a_folder(
             read("runs/typo")
         online.faults.append(Fault(f"HEAD /runs/typo/.*{file}"))
         with pytest.raises(
-            (ValueError, OSError), match="There is no folder 'runs/typo', and the Hub.* did not answer"
+            (ValueError, OSError), match="There is no folder 'runs/typo', and the Hub.* refused or did not answer"
         ):
             read("runs/typo")
         assert online.requests == [f"HEAD /runs/typo/resolve/main/{file}"] * 2
