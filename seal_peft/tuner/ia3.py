@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
-from .geometry import HeadGeometry, default_target_modules, head_geometry, is_linear
+from .geometry import HeadGeometry, attention_of, default_target_modules, head_geometry, is_linear
 from .layer import SealLayer
 from .saving import write_adapter
 from .scales import layers_with
@@ -231,7 +231,7 @@ def _projections(model: nn.Module) -> _Sizes:
     wanted = default_target_modules(model, config.to_dict() if config is not None else {})
     suffixes = tuple("." + name for name in wanted)
     return {
-        name: head_geometry(model.get_submodule(name.rpartition(".")[0]), module, name, None, None)
+        name: head_geometry(attention_of(model, name), module, name, None, None)
         for name, module in model.named_modules()
         if name in wanted or name.endswith(suffixes)
     }
