@@ -25,7 +25,7 @@ from .geometry import HeadGeometry, attention_of, default_target_modules, head_g
 from .layer import SealLayer
 from .saving import write_adapter
 from .scales import layers_with
-from .weights import checked_weights, take_settings
+from .weights import SCALES, checked_weights, take_settings
 
 _PREFIX = "base_model.model."
 _SEAL_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.seal_delta\.weight")
@@ -170,6 +170,7 @@ def _seal_in_model(model: Any, adapter_name: str) -> tuple[SealConfig, dict[str,
     state, _ = take_settings(get_peft_model_state_dict(model, adapter_name=adapter_name))
     # Models that got the adapter by transformers' own calls have no wrapper, and its files no prefix.
     state = {_PREFIX + name.removeprefix(_PREFIX): value for name, value in state.items()}
+    state |= {f"{_PREFIX}{name}{SCALES}": layer.values(adapter_name) for name, layer in layers.items()}
     return config, state, sizes, conv1d
 
 
