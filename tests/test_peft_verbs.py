@@ -16,7 +16,9 @@ from peft import (
     PeftModel,
     PeftType,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from torch import nn
 from torch.testing import assert_close
@@ -79,6 +81,18 @@ def test_an_adapter_can_be_injected_without_a_wrapper():
     model = inject_adapter_in_model(SealConfig(), base_model("llama"))
     draw_scales(model)
     assert torch.equal(logits(model), logits(adapted("llama")))
+
+
+@pytest.mark.parametrize("sites", [("output",), ("output", "query")])
+def test_an_adapter_can_be_injected_by_the_layers_of_a_state_dict(sites):
+    source = inject_adapter_in_model(SealConfig(sites=sites, layers_to_transform=[1]), base_model("llama"))
+    draw_scales(source)
+    state = get_peft_model_state_dict(source)
+    with pytest.warns(RuntimeWarning, match="inconsistency.*additional target modules"):  # as for every method
+        model = inject_adapter_in_model(SealConfig(sites=sites), base_model("llama"), state_dict=state)
+    assert not set_peft_model_state_dict(model, state).unexpected_keys
+    assert seal_layers(model).keys() == seal_layers(source).keys()
+    assert torch.equal(logits(model), logits(source))
 
 
 @pytest.mark.parametrize(
