@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assets import public_id, resolve_model
@@ -61,8 +63,15 @@ def load_config(model_name_or_path: str) -> Any:
 
     Raises:
         OSError: There is no such model, or no way to it.
+        ValueError: It is an adapter.
     """
     name = locate_model(model_name_or_path)
+    if reason := _not_found(name, "config.json"):
+        raise OSError(f"{reason} Give the folder of a model, a Hub id, or the word smollm2.")
+    if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{model_name_or_path} is an adapter, not a model. `seal-peft evaluate` takes it in --adapters."
+        )
     try:
         return AutoConfig.from_pretrained(name)
     except OSError as error:
@@ -102,6 +111,8 @@ def read_adapter(path: str) -> PeftConfig:
     Raises:
         ValueError: There is no adapter, its method is not known, or its files are broken.
     """
+    if reason := _not_found(path, CONFIG_NAME):
+        raise ValueError(f"{reason} Give the folder of an adapter, or a Hub id.")
     try:
         config = PeftConfig.from_pretrained(path)
     except (ValueError, OSError) as error:
@@ -113,6 +124,29 @@ def read_adapter(path: str) -> PeftConfig:
     check_weights_file(str(Path(path) / SAFETENSORS_WEIGHTS_NAME))
     # The config of a method may check more than the general one: SEAL's reads the scales.
     return type(config).from_pretrained(path)
+
+
+def _not_found(name: str, file: str) -> str | None:
+    """Say in a sentence why there is neither a folder nor a Hub repository of this name; `None` where there is one.
+
+    Most often a folder is mistyped, which may look like a Hub id. One request tells, where those that download would
+    try for half a minute to reach the Hub.
+    """
+    if Path(name).is_dir():
+        return None
+    try:
+        if isinstance(try_to_load_from_cache(name, file), str) or HfApi().file_exists(name, file):
+            return None
+    except HFValidationError:
+        return f"There is no folder {name!r}."
+    except Exception as error:  # what a network can do to a request depends on the Hub's client and its version
+        return (
+            f"There is no folder {name!r}, and the Hub, where it was looked up, refused or did not answer ({error})."
+        )
+    return (
+        f"There is no folder {name!r}, and the Hub, where it was looked up, has no such {file} either. (For a private "
+        "repository, log in with `hf auth login`.)"
+    )
 
 
 def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:
@@ -171,41 +205,6 @@ def _check_prompt(config: Any, model: Any) -> None:
 def _plain_name(model: str) -> str:
     """The name of a model without its owner or the folders above it, which differ from machine to machine."""
     return (public_id(model) or model.rstrip("/")).rpartition("/")[2]
-
-
-def split_together(text: str) -> list[str]:
-    """Split PATH+PATH, what a user calls adapters that compute together, such as LoRA and SEAL.
-
-    Paths may hold the sign, too: what exists is one path.
-
-    Args:
-        text: PATH or PATH+PATH.
-
-    Returns:
-        The paths, in the order given.
-    """
-    paths = text.split("+")
-    return [text] if Path(text).exists() or not all(paths) else paths
-
-
-def check_together(paths: Sequence[str]) -> None:
-    """Make sure, by their configs alone, that adapters can compute together.
-
-    Args:
-        paths: One adapter of any PEFT method, or several.
-
-    Raises:
-        ValueError: There are several and none is SEAL's, or one has no layers, such as prompts.
-    """
-    if len(paths) < 2:
-        return
-    configs = [read_adapter(path) for path in paths]
-    methods = [str(PeftType(config.peft_type).value) for config in configs]
-    if "SEAL" not in methods or any(config.is_prompt_learning for config in configs):
-        raise ValueError(
-            f"{'+'.join(paths)} are of the methods {', '.join(methods)}, which do not compute together. Give SEAL "
-            "and LoRA as PATH+PATH, others one by one."
-        )
 
 
 def load_adapter(model: Any, *paths: str) -> PeftModel:

@@ -19,13 +19,12 @@ from typing import Literal
 from .loading import (
     base_of_adapter,
     check_adapter,
-    check_together,
     load_adapter,
     load_model,
     load_tokenizer,
     read_adapter,
-    split_together,
 )
+from .together import check_together, split_together
 from .tuner import save_adapter
 from .tuner.config import check_sites
 from .tuner.saving import disk_is_full

@@ -11,9 +11,10 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .data import check_window, has_position_table, prompt_hash, trained_prompts, window_of
-from .loading import check_adapter, check_together, load_config, load_tokenizer, split_together
+from .loading import check_adapter, load_config, load_tokenizer
 from .reach import reach
 from .tasks import Sample, get_task
+from .together import split_together
 from .tokens import encode_question
 
 BASE = "base"
@@ -159,7 +160,6 @@ def check_system(system: System, longest: int, beyond: bool) -> int | None:
     """
     config: Any = load_config(system.model)
     window = window_of(config)
-    check_together(system.adapters)
     for adapter in system.adapters:
         adapted = check_adapter(system.model, adapter)
         # Of several, the one that extends the context counts.

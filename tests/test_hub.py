@@ -20,6 +20,7 @@ import seal_peft
 from hub_stub import TOKEN, Fault, Hub, running_hub
 from seal_peft import SealConfig, hub
 from seal_peft.files import write_json
+from seal_peft.loading import load_config, read_adapter
 from stages import error_of, python, save_model, save_samples, seal
 
 REPO = "me/my-adapter"
@@ -163,6 +164,23 @@ def test_pefts_own_push_sends_our_card_and_no_local_folder(house: Path, adapter:
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in someone/tiny:UserWarning")
+def test_a_mistyped_folder_costs_one_question_to_the_hub_and_is_called_a_folder(adapter: Path, online: Hub) -> None:
+    push(adapter)
+    assert read_adapter(REPO).base_model_name_or_path == "someone/tiny"
+    for read, file in ((read_adapter, "adapter_config.json"), (load_config, "config.json")):
+        online.requests.clear()
+        with pytest.raises(
+            (ValueError, OSError), match=f"There is no folder 'runs/typo', and the Hub.* no such {file}"
+        ):
+            read("runs/typo")
+        online.faults.append(Fault(f"HEAD /runs/typo/.*{file}"))
+        with pytest.raises(
+            (ValueError, OSError), match="There is no folder 'runs/typo', and the Hub.* refused or did not answer"
+        ):
+            read("runs/typo")
+        assert online.requests == [f"HEAD /runs/typo/resolve/main/{file}"] * 2
+
+
 def test_lora_and_seal_in_one_repository_are_pulled_one_by_one(house: Path, online: Hub, tmp_path: Path) -> None:
     def base() -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
