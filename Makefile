@@ -9,7 +9,7 @@ QUANTIZED ?= $(VENV)-quantized
 PEFT_SOURCE ?= $(VENV)/peft-source
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test test-floor test-quantized test-peft quality docs bench results results-check clean
+.PHONY: install demo test test-floor test-quantized test-peft test-package quality docs bench results results-check clean
 
 install: $(INSTALLED)
 
@@ -26,8 +26,8 @@ demo: $(INSTALLED)
 	$(BIN)/seal-peft demo --output_dir runs/demo
 
 # Two single-threaded workers; a file stays on one worker, so that its module fixtures are made once. `test-peft` runs
-# the file that is left out.
-SUITE := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_lift.py
+# and `test-package` run the files that are left out.
+SUITE := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_lift.py --ignore=tests/test_install.py
 
 test: $(INSTALLED)
 	$(BIN)/python $(SUITE)
@@ -67,6 +67,10 @@ $(PEFT_SOURCE)/.unpacked: $(INSTALLED)
 
 test-peft: $(PEFT_SOURCE)/.unpacked
 	PEFT_SOURCE=$(abspath $(PEFT_SOURCE)) $(BIN)/python -m pytest tests/test_lift.py
+
+# Wheel and sdist by pip into an empty environment, with dependencies of its own (1.2 GB while it runs).
+test-package: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_install.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .
