@@ -7,7 +7,8 @@ of mixed lengths up to 31K. Three steps, each of which goes on where it was inte
     python benchmarks/context.py run   --folder runs/context --workers 8
     python benchmarks/context.py merge --folder runs/context --output results/context-smollm2.json
 
-`run` shares systems and tasks out to `--workers` processes, which are spread over the GPUs. A trial on a CPU:
+`run` shares systems and tasks out to `--workers` processes, which are spread over the GPUs, and begins none after
+`--minutes`. `merge` takes all work that is in the folder, whoever did it. A trial on a CPU:
 
     python benchmarks/context.py data --folder /tmp/c --lengths 1024 --train_lengths 1024 --contexts 2 --num_samples 2
     python benchmarks/context.py run  --folder /tmp/c --systems ntk self-extend+seal-c+temperature
@@ -17,19 +18,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
+import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from context_systems import EXTENSIONS, METHODS, SYSTEMS, adapter_is_there, by_cost, is_trained
 from context_table import merge
+from jobs import do_jobs, spread
 from peft import get_peft_model
 from together import answers_together, batches_of
 
@@ -123,72 +123,58 @@ def prompts_of(model: str, path: Path) -> tuple[list[Sample], list[list[int]]]:
 def ask(arguments: argparse.Namespace, task: str, folder: Path) -> None:
     """Answer what has not been answered yet."""
     samples, prompts = prompts_of(arguments.model, arguments.folder / f"{task}-test.jsonl")
-    record = folder / "answers.jsonl"
-    lines = record.read_text(encoding="utf-8").splitlines() if record.is_file() else []
-    answered = {json.loads(line)["id"] for line in lines}
+    record = folder / "answers.json"
+    answered: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    tokenizer, rule, started = load_tokenizer(arguments.model), get_task(task), time.monotonic()
     # Batches are those of all samples, so that a run that goes on pads as one that was never interrupted.
     batches = batches_of(prompts, arguments.batch_tokens)
-    todo = [batch for batch in batches if not {samples[i].id for i in batch} <= answered]
-    if not todo:
-        return
-    tokenizer, rule, started = load_tokenizer(arguments.model), get_task(task), time.monotonic()
-    model = load_adapter(load_model(arguments.model), str(folder / "adapter"))
-    with record.open("a", encoding="utf-8") as file:
-        for batch in todo:
-            answers = answers_together(model, tokenizer, [prompts[i] for i in batch], rule.max_new_tokens)
-            for i, answer in zip(batch, answers, strict=True):
-                row = {"id": samples[i].id, "answer": answer, "score": rule.score(answer, samples[i].answers)}
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
-    unload_adapter(model)
-    write_json(
-        folder / "asked.json", {"seconds": time.monotonic() - started, "rows": sum(map(len, todo)), **provenance()}
-    )
+    todo = [batch for batch in batches if not {samples[i].id for i in batch} <= answered.keys()]
+    if todo:
+        model = load_adapter(load_model(arguments.model), str(folder / "adapter"))
+    for batch in todo:
+        answers = answers_together(model, tokenizer, [prompts[i] for i in batch], rule.max_new_tokens)
+        for i, answer in zip(batch, answers, strict=True):
+            answered[samples[i].id] = {"answer": answer, "score": rule.score(answer, samples[i].answers)}
+        write_json(record, answered)
+    if todo:
+        unload_adapter(model)
+    took = {"seconds": time.monotonic() - started, "rows": sum(map(len, todo))}
+    write_json(folder / "asked.json", {**took, "batch_tokens": arguments.batch_tokens, **provenance()})
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
+def jobs_of(arguments: argparse.Namespace) -> dict[Path, Callable[[], object]]:
+    """What is done for every task and system, by the file that is written last; the longest first."""
+    jobs = sorted(((task, system) for task in arguments.tasks for system in arguments.systems), key=by_cost)
+    return {
+        arguments.folder / task / system / "asked.json": partial(do, arguments, task, system) for task, system in jobs
+    }
+
+
+def do(arguments: argparse.Namespace, task: str, system: str) -> None:
+    """Train one system and let it answer."""
+    folder, started = arguments.folder / task / system, time.monotonic()
+    if not adapter_is_there(folder / "adapter", system):
+        make_adapter(arguments, task, system, folder / "adapter")
+    made = time.monotonic()
+    ask(arguments, task, folder)
+    print(f"{task}, {system}: {made - started:.0f} s + {time.monotonic() - made:.0f} s", flush=True)
+
+
 def run(arguments: argparse.Namespace) -> None:
     """Train and ask the chosen systems, in worker processes."""
-    for claim in (arguments.folder / "claims").glob("*"):
-        claim.unlink()
-    gpus = max(1, torch.cuda.device_count())
-    command = [sys.executable, __file__, "work", *(word for word in sys.argv[1:] if word != arguments.step)]
-    running = []
-    for number in range(arguments.workers):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus), "OMP_NUM_THREADS": "1"}
-        running.append(subprocess.Popen(command, env=environment))
-    try:
-        if any([process.wait() for process in running]):
-            sys.exit("A worker failed; the same command goes on from what is finished.")
-    finally:  # an interrupt ends the workers, too
-        for process in running:
-            process.terminate()
+    until = str(time.time() + 60 * arguments.minutes)
+    words = [word for word in sys.argv[1:] if word != arguments.step]
+    spread([__file__, "work", *words, "--until", until], arguments.workers)
+    if left := [path for path in jobs_of(arguments) if not path.is_file()]:
+        sys.exit(f"{len(left)} of the systems are left; call this again to go on.")
 
 
 def work(arguments: argparse.Namespace) -> None:
     """Do a share of the tasks and systems."""
-    for task, system in claimed(arguments):
-        folder, started = arguments.folder / task / system, time.monotonic()
-        if not adapter_is_there(folder / "adapter", system):
-            make_adapter(arguments, task, system, folder / "adapter")
-        made = time.monotonic()
-        ask(arguments, task, folder)
-        print(f"{task}, {system}: {made - started:.0f} s + {time.monotonic() - made:.0f} s", flush=True)
-
-
-def claimed(arguments: argparse.Namespace) -> Iterator[tuple[str, str]]:
-    """Yield the tasks and systems that no other process has begun in this call."""
-    claims = arguments.folder / "claims"
-    claims.mkdir(exist_ok=True)
-    jobs = [(task, system) for task in arguments.tasks for system in arguments.systems]
-    for task, system in sorted(jobs, key=by_cost):
-        try:
-            (claims / f"{task}-{system}").touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        yield task, system
+    do_jobs(jobs_of(arguments), arguments.until)
 
 
 def main() -> None:
@@ -209,7 +195,9 @@ def main() -> None:
     parser.add_argument("--learning_rate", type=float, default=2e-2)
     parser.add_argument("--accumulate", type=int, default=1, help="contexts per optimiser step")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes of `run`")
+    parser.add_argument("--workers", type=int, default=1, help="processes of `run`, over all GPUs")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no system later than this")
+    parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
     parser.add_argument("--batch_tokens", type=int, default=BATCH_TOKENS, help="tokens that are answered together")
     parser.add_argument("--output", default="results/context-smollm2.json")
     parser.add_argument("--picture", type=Path, help="default: beside the output")

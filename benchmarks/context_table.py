@@ -4,60 +4,71 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from context_systems import EXTENSIONS, METHODS, SYSTEMS
+from jobs import source_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from seal_peft.data import read_samples
 from seal_peft.files import write_json
-from seal_peft.provenance import provenance
 from seal_peft.report import markdown_table
 from seal_peft.statistics import summarise
+from seal_peft.tasks import SPLITS
 
 
 def merge(arguments: argparse.Namespace) -> None:
     """Put all answers together: results, table, picture."""
-    results: dict[str, Any] = {"extensions": EXTENSIONS, "tasks": {}, "training": {}}
+    results: dict[str, Any] = {"model": arguments.model, "extensions": EXTENSIONS}
+    results["seeds"] = {"training": "beside each", "samples": 0}
+    results |= {"samples": {}, "training": {}, "tasks": {}}
+    sources = []
     for task in arguments.tasks:
         samples = read_samples(arguments.folder / f"{task}-test.jsonl")
+        results["samples"][task] = {split: counted(arguments.folder / f"{task}-{split}.jsonl") for split in SPLITS}
         scores = {}
         for system in arguments.systems:
             folder = arguments.folder / task / system
-            rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
-            by_id = {row["id"]: row["score"] for row in rows}
-            if missing := [sample.id for sample in samples if sample.id not in by_id]:
-                raise SystemExit(f"{folder} lacks {len(missing)} answers: run it again.")
-            scores[system] = [by_id[sample.id] for sample in samples]
+            if not (folder / "asked.json").is_file():
+                raise SystemExit(f"{folder} is not finished: use `run`.")
+            answered = json.loads((folder / "answers.json").read_text(encoding="utf-8"))
+            if missing := [sample.id for sample in samples if sample.id not in answered]:
+                raise SystemExit(f"{folder} lacks {len(missing)} answers: its samples were others. Take a new folder.")
+            scores[system] = [answered[sample.id]["score"] for sample in samples]
             results["training"][f"{task}, {system}"] = training_of(folder / "adapter" / "run.json")
-            results["device of the answers"] = json.loads((folder / "asked.json").read_text())["device"]
+            sources.append(json.loads((folder / "asked.json").read_text(encoding="utf-8")))
         results["tasks"][task] = summarise(samples, scores, "base")
         print(f"\n{task}\n{table(results['tasks'][task], arguments.systems)}")
-    write_json(arguments.output, {"arguments": told(arguments), **results, **provenance()})
+    write_json(arguments.output, {**results, **source_of(sources)})
     picture(results["tasks"], arguments.systems, arguments.picture or Path(arguments.output).with_suffix(".png"))
 
 
-def told(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Settings as JSON values, without where things stand."""
-    return {name: value for name, value in vars(arguments).items() if not isinstance(value, Path)}
+def counted(file: Path) -> dict[str, int]:
+    """Samples of a file by length."""
+    return {str(length): n for length, n in Counter(sample.length for sample in read_samples(file)).items()}
 
 
 def training_of(record: Path) -> dict[str, Any] | None:
-    """What a training cost, if there was one."""
+    """What a training was and cost, if there was one."""
     if not record.is_file():
         return None
     run = json.loads(record.read_text(encoding="utf-8"))
     names = ("seconds", "tokens", "steps", "samples", "peak_memory_bytes", "device", "commit", "trainable_parameters")
-    rate = run["training_arguments"]["learning_rate"]
-    return {**{name: run[name] for name in names}, "learning_rate": rate, "final_loss": run["loss_curve"][-1]["loss"]}
+    settings = ("learning_rate", "gradient_accumulation_steps", "seed")
+    return {
+        **{name: run[name] for name in names},
+        **{name: run["training_arguments"][name] for name in settings},
+        "final_loss": run["loss_curve"][-1]["loss"],
+    }
 
 
 def cells(summary: dict[str, Any], system: str) -> dict[int, float]:
-    """Mean score by length; depths were drawn at random."""
-    found = {cell["length"]: cell["accuracy"] for cell in summary["cells"] if cell["system"] == system}
-    return dict(sorted(found.items()))
+    """Mean score by length, over all depths."""
+    own = [cell for cell in summary["cells"] if cell["system"] == system and cell["depth"] is None]
+    return {cell["length"]: cell["accuracy"] for cell in sorted(own, key=lambda cell: cell["length"])}
 
 
 def table(summary: dict[str, Any], systems: list[str]) -> str:

@@ -7,6 +7,7 @@ Parts, each with a file of its own: `maps` trains SEAL-H and SEAL-C and runs `se
 (heads-maps.json), `speed` times the maps against full forward passes and compares their values (heads-speed.json),
 `quadrants` evaluates the adapters of the quadrant test on held-out samples (heads-quadrants.json; after `maps`). The
 16 samples of a length ask 4 questions about each of 4 contexts; `speed` also times 16 contexts with one question each.
+What is finished in the output folder is not done again.
 """
 
 from __future__ import annotations
@@ -33,12 +34,13 @@ from seal_peft.heads.layers import scoring
 from seal_peft.heads.stage import HeadsArguments, heads
 from seal_peft.loading import load_adapter, load_model, load_tokenizer, unload_adapter
 from seal_peft.provenance import provenance
-from seal_peft.statistics import paired_difference
+from seal_peft.statistics import bootstrap_interval
 from seal_peft.tasks import Sample
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
 
 QUADRANTS = ("Q1=0.9", "Q3=0.9", "Q1=0.9,Q3=1.1")
 RATES = {"head": 3e-2, "channel": 2e-2}
+SEEDS = {"samples": 0, "training samples": 1, "training": 42}
 
 
 # --- maps ----------------------------------------------------------------------------------------------------------
@@ -86,7 +88,9 @@ def train_adapter(options: argparse.Namespace, granularity: Any, rate: float, fo
     """Train one adapter on lines of mixed lengths."""
     file = options.output_dir / "train.jsonl"
     if not file.is_file():
-        made = lines(options.model, "train", options.train_lengths, options.num_train_samples, seed=1)
+        made = lines(
+            options.model, "train", options.train_lengths, options.num_train_samples, SEEDS["training samples"]
+        )
         random.Random(0).shuffle(made)
         write_samples(file, [replace(sample, id=f"train-{i}") for i, sample in enumerate(made)])
     settings = SealTrainingArguments(
@@ -97,6 +101,7 @@ def train_adapter(options: argparse.Namespace, granularity: Any, rate: float, fo
         save_strategy="no",
         logging_steps=50,
         num_train_epochs=1,
+        seed=SEEDS["training"],
         use_cpu=not torch.cuda.is_available(),
     )
     train(TrainArguments(options.model, str(file), granularity=granularity, dtype=options.dtype), settings)
@@ -138,11 +143,15 @@ def logprobs(options: argparse.Namespace, made: list[Sample], adapters: dict[str
     for name, own in values.items():
         for length in options.lengths:
             chosen = [i for i, row in enumerate(rows) if row.length == length]
-            pairs = [own[i] for i in chosen], [values["base"][i] for i in chosen]
-            mean, low, high = paired_difference(*pairs)
+            mean, low, high = bootstrap_interval([own[i] - values["base"][i] for i in chosen])
             difference = {"mean": mean, "low": low, "high": high}
             table.append(
-                {"system": name, "length": length, "mean": sum(pairs[0]) / len(chosen), "difference": difference}
+                {
+                    "system": name,
+                    "length": length,
+                    "mean": sum(own[i] for i in chosen) / len(chosen),
+                    "difference": difference,
+                }
             )
     return table
 
@@ -186,8 +195,8 @@ def main() -> None:
         result = PARTS[part](options)
         took = time.perf_counter() - started
         arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()}
-        record = {"part": part, "arguments": arguments, "seconds": took, "results": result, **provenance()}
-        write_json(options.output_dir / f"heads-{part}.json", record)
+        record = {"part": part, "arguments": arguments, "seeds": SEEDS, "seconds": took, "results": result}
+        write_json(options.output_dir / f"heads-{part}.json", record | provenance())
         print(f"{part}: {took:.0f} s, written to {options.output_dir / f'heads-{part}.json'}", flush=True)
 
 

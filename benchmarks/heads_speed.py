@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,36 +15,72 @@ from line_samples import samples_of
 from shapes import random_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seal_peft.files import write_json
 from seal_peft.heads import EncodedSample, encode_samples, find_heads, gradient_map, pruning_map, without_head
 from seal_peft.heads.inputs import collate, score_logits
 from seal_peft.heads.layers import Heads, scoring
 from seal_peft.loading import load_model, load_tokenizer
+from seal_peft.provenance import provenance
 
+FLOAT32 = 1024  # tokens up to which maps are compared in float32, too; beyond, that takes minutes
 # What torch tries first for a causal text on an H100 or H200.
 PREFERRED = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
 
 
 def speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Time the maps of a model against full forward passes, and compare values on some heads."""
+    """Time the maps of a model against full forward passes, and compare values on some heads.
+
+    Times and each comparison of a length are pieces: those that an earlier call finished are not measured again.
+    """
     if options.size:
         model = random_model(options.size, "cuda" if torch.cuda.is_available() else "cpu")
         ids = torch.randint(3, 500, (options.tokens,), generator=torch.Generator().manual_seed(0)).tolist()
         row = EncodedSample("random", options.tokens, ids, [-100] * (len(ids) - 5) + ids[-5:], [1])
         return {str(options.tokens): speed_of(options, find_heads(model), {"one sample": [row]})}
-    result = {}
-    for length in options.lengths:
-        tokenizer = load_tokenizer(options.model)
-        rows = {
-            f"{contexts} contexts": encode_samples(samples_of(options, length, contexts), tokenizer)
-            for contexts in dict.fromkeys((options.contexts, options.num_samples))
-        }
-        result[str(length)] = speed_of(options, find_heads(load_model(options.model, options.dtype)), rows)
-        result[str(length)]["equality"] = {
-            dtype: equality(find_heads(load_model(options.model, dtype)), rows, options.check_heads)
-            # In float32 the maps take minutes at great lengths.
-            for dtype in dict.fromkeys((options.dtype, *(["float32"] if length == min(options.lengths) else [])))
+    return {str(length): speed_at(options, length) for length in options.lengths}
+
+
+def speed_at(options: argparse.Namespace, length: int) -> dict[str, Any]:
+    """Times and comparisons at one length."""
+    tokenizer = load_tokenizer(options.model)
+    rows = {
+        f"{contexts} contexts": encode_samples(samples_of(options, length, contexts), tokenizer)
+        for contexts in dict.fromkeys((options.contexts, options.num_samples))
+    }
+
+    def found(dtype: str) -> Heads:
+        return find_heads(load_model(options.model, dtype))
+
+    result = piece(options, f"{length}-times", lambda: speed_of(options, found(options.dtype), rows))
+    result["equality"] = {}
+    usual = str(found(options.dtype).base.dtype).removeprefix("torch.")
+    for dtype in dict.fromkeys((usual, *(["float32"] if length <= FLOAT32 else []))):
+        result["equality"][dtype] = {
+            name: piece(
+                options,
+                f"{length}-{dtype}-{name}",
+                lambda own=own, dtype=dtype: equality(found(dtype), own, options.check_heads),
+            )
+            for name, own in rows.items()
         }
     return result
+
+
+def piece(options: argparse.Namespace, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Return a piece of the measurement, with its source, from the output folder if it is there.
+
+    Raises:
+        SystemExit: The piece that is there was measured with other settings.
+    """
+    path = options.output_dir / "speed" / f"{name.replace(' ', '-')}.json"
+    names = ("model", "num_samples", "contexts", "check_heads", "batch_tokens", "activation_checkpointing")
+    settings = {name: getattr(options, name) for name in names}
+    if not path.is_file():
+        write_json(path, {"settings": settings, "result": {**measure(), "source": provenance()}})
+    known = json.loads(path.read_text(encoding="utf-8"))
+    if known["settings"] != settings:
+        raise SystemExit(f"{path} was measured with {known['settings']}, not {settings}. Choose another --output_dir.")
+    return known["result"]
 
 
 def speed_of(options: argparse.Namespace, heads: Heads, rows: dict[str, list[EncodedSample]]) -> dict[str, Any]:
@@ -88,26 +125,23 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def equality(heads: Heads, rows: dict[str, list[EncodedSample]], count: int) -> dict[str, Any]:
-    """Compare maps with full forward passes, a head and a sample at a time, on heads spread over the layers.
+def equality(heads: Heads, rows: list[EncodedSample], count: int) -> dict[str, Any]:
+    """Compare a map with full forward passes, a head and a sample at a time, on heads spread over the layers.
 
     Beside it stands what the full passes differ from themselves: `noise` when each sample stands in a batch twice,
-    `default_attention` with the attention kernel that torch prefers. In `unsplit_products` the maps and the passes run
+    `default_attention` with the attention kernel that torch prefers. In `unsplit_products` the map and the passes run
     without matrix products that are split along their sum, as torch splits small ones.
     """
     places = torch.linspace(0, heads.shape[0] * heads.shape[1] - 1, count).long().tolist()
-    on_gpu = heads.base.device.type == "cuda" and heads.base.dtype == torch.bfloat16
-    found: dict[str, Any] = {}
-    for name, own in rows.items():
-        alone = naive_values(heads, own, places)
-        found[name] = {"heads": count, **largest(mapped_values(heads, own, places) - alone)}
-        found[name]["noise"] = largest(naive_values(heads, own, places, copies=2) - alone)
-        if on_gpu:
-            found[name]["default_attention"] = largest(naive_values(heads, own, places, attention=PREFERRED) - alone)
-            with unsplit_products():
-                difference = mapped_values(heads, own, places) - naive_values(heads, own, places)
-            found[name]["unsplit_products"] = largest(difference)
-        print(f"{name}, {heads.base.dtype}: {found[name]}", flush=True)
+    alone = naive_values(heads, rows, places)
+    found: dict[str, Any] = {"heads": count, **largest(mapped_values(heads, rows, places) - alone)}
+    found["noise"] = largest(naive_values(heads, rows, places, copies=2) - alone)
+    if heads.base.device.type == "cuda" and heads.base.dtype == torch.bfloat16:
+        found["default_attention"] = largest(naive_values(heads, rows, places, attention=PREFERRED) - alone)
+        with unsplit_products():
+            difference = mapped_values(heads, rows, places) - naive_values(heads, rows, places)
+        found["unsplit_products"] = largest(difference)
+    print(f"{heads.base.dtype}: {found}", flush=True)
     return found
 
 

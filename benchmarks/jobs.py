@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import math
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+import time
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
+from together import answers_together, batches_of
 
 from seal_peft.data import make_samples, write_samples
-from seal_peft.generation import generate_answers, make_batches
 from seal_peft.loading import load_tokenizer
+from seal_peft.provenance import provenance
+from seal_peft.reproduce.share import make_all
 from seal_peft.statistics import mean_interval
 from seal_peft.tasks import TASKS, Sample
 from seal_peft.tokens import AnswerCollator, encode_prompt
@@ -55,13 +63,13 @@ def mean_loss(model: Any, rows: Iterable[dict[str, list[int]]], collator: Answer
     return mean(losses)
 
 
-def score_answers(model: Any, tokenizer: Any, samples: Sequence[Sample], batch_size: int) -> list[float]:
-    """Let a model answer samples of line retrieval; return right and wrong."""
+def score_answers(model: Any, tokenizer: Any, samples: Sequence[Sample], batch_tokens: int) -> list[float]:
+    """Let a model answer samples of line retrieval, as many together as such tokens hold; return right and wrong."""
     task = TASKS["lines"]
     prompts = [encode_prompt(sample, tokenizer) for sample in samples]
     found: dict[int, float] = {}
-    for batch in make_batches(prompts, [task.max_new_tokens] * len(prompts), batch_size):
-        answers = generate_answers(model, tokenizer, [prompts[i] for i in batch], task.max_new_tokens)
+    for batch in batches_of(prompts, batch_tokens):
+        answers = answers_together(model, tokenizer, [prompts[i] for i in batch], task.max_new_tokens)
         found |= {i: task.score(answer, samples[i].answers) for i, answer in zip(batch, answers, strict=True)}
     return [found[index] for index in range(len(samples))]
 
@@ -72,34 +80,78 @@ def interval_over_seeds(scores: Sequence[Sequence[float]]) -> dict[str, float]:
     return {"mean": value, "low": low, "high": high, "n": len(scores[0])}
 
 
-def claimed(folder: Path, jobs: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
-    """Yield the jobs that no other process has begun since `spread` was called."""
-    for job in jobs:
-        name = "-".join(f"{part:g}" if isinstance(part, float) else str(part) for part in job)
+class TimeIsUpError(Exception):
+    """No job may begin any more."""
+
+
+def do_jobs(jobs: Mapping[Path, Callable[[], object]], until: float = math.inf) -> bool:
+    """Do the jobs whose last file is not there yet, sharing them with the other processes that are at the same.
+
+    A process that is killed leaves its job to the next who asks. A job that fails keeps nobody from the others.
+
+    Args:
+        jobs: What to do, by the path of the file that it writes last.
+        until: When the last job may begin, as `time.time()` counts.
+
+    Returns:
+        Whether all jobs are done.
+
+    Raises:
+        SystemExit: Some failed.
+    """
+    failed = []
+
+    def begin(path: Path, do: Callable[[], object]) -> None:
+        if time.time() > until:
+            raise TimeIsUpError
         try:
-            (folder / f"{name}.claim").touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        yield job
+            do()
+        except Exception:  # whatever it was, it is shown, and the process ends with an error after the other jobs
+            traceback.print_exc()
+            failed.append(path)
+        else:
+            print(path, flush=True)
+
+    with suppress(TimeIsUpError):
+        make_all({path: partial(begin, path, do) for path, do in jobs.items()})
+    if failed:
+        sys.exit(f"{len(failed)} jobs failed, {failed[0]} first.")
+    return all(path.is_file() for path in jobs)
 
 
-def spread(folder: Path, words: Sequence[str], workers: int) -> None:
+def spread(words: Sequence[str], workers: int) -> None:
     """Run a Python script in worker processes, spread over the GPUs, and wait for all of them.
 
     Args:
-        folder: Work folder, in which the workers claim their jobs.
         words: Path of the script and its command line.
         workers: Number of processes.
 
     Raises:
-        SystemExit: One of them failed.
+        SystemExit: One of them failed; what the others finished stays.
     """
-    for claim in folder.glob("*.claim"):
-        claim.unlink()
-    gpus = max(1, torch.cuda.device_count())
+    gpus = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
+    gpus = gpus or [str(number) for number in range(max(1, torch.cuda.device_count()))]
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     running = []
-    for number in range(workers):
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": str(number % gpus)}
-        running.append(subprocess.Popen([sys.executable, *words], env=environment))
-    if any([process.wait() for process in running]):
-        sys.exit(f"a worker failed: {' '.join(words)}")
+    try:
+        for number in range(workers):
+            environment = {"OMP_NUM_THREADS": "1", **os.environ, "CUDA_VISIBLE_DEVICES": gpus[number % len(gpus)]}
+            running.append(subprocess.Popen([sys.executable, *words], env=environment))
+        if failed := sum(process.wait() != 0 for process in running):
+            sys.exit(f"{failed} of {workers} workers failed; the same command goes on from what is finished.")
+    finally:  # an interrupt ends the workers, too
+        for process in running:
+            process.terminate()
+            process.wait()
+        signal.signal(signal.SIGTERM, before)
+
+
+def source_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the provenance of a results file whose jobs may have been done by other calls, on other machines.
+
+    Args:
+        records: What the jobs wrote, each with its own provenance.
+    """
+    records = list(records)
+    found = {name: sorted({str(record[name]) for record in records}) for name in ("device", "commit")}
+    return {**provenance(), **{name: ", ".join(values) for name, values in found.items()}}

@@ -8,8 +8,8 @@ under it and tests above, to compare a constant temperature with one that grows 
     python benchmarks/sites.py data --settings native ntk beyond --work runs/sites  # needs the tokenizer only
     python benchmarks/sites.py run --settings native --work runs/sites --output results/sites-native.json
 
-Everything that is finished stays in the work folder; the same command goes on from there. Jobs are shared by
-`--workers` processes, spread over the GPUs.
+Everything that is finished stays in the work folder; the same command goes on from there, also where it ended because
+of `--minutes`, after which no job begins. Jobs are shared by `--workers` processes, spread over the GPUs.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import math
 import sys
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import torch
-from jobs import claimed, interval_over_seeds, make_lines, mean_loss, score_answers, spread
+from jobs import do_jobs, interval_over_seeds, make_lines, mean_loss, score_answers, source_of, spread
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from tqdm.auto import tqdm
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer
 
 from seal_peft import SealConfig, save_adapter
 from seal_peft.data import read_samples
@@ -37,6 +37,7 @@ from seal_peft.files import write_json
 from seal_peft.loading import load_model, load_tokenizer
 from seal_peft.provenance import provenance
 from seal_peft.tokens import AnswerCollator, encode_training
+from seal_peft.train import SealTrainingArguments
 from seal_peft.tuner.query import QueryLinear
 
 BOTH = ("output", "query")
@@ -49,6 +50,7 @@ SYSTEMS: dict[str, dict[str, Any]] = {
 }
 GROWING = "output-head+growing query"
 NTK = {"rope_type": "ntk", "factor": 4.0}
+SEEDS = {"training": "of each run, also of its samples", "validation samples": 1000, "test samples": 0}
 
 
 @dataclass(frozen=True)
@@ -124,8 +126,8 @@ class Bench:
             f"train-{seed}": (setting.train_lengths, setting.contexts, setting.questions, seed)
             for seed in range(self.options.seeds)
         }
-        numbers["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, 1000)
-        numbers["test"] = (setting.test_lengths, self.options.num_samples, 1, 0)
+        numbers["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, SEEDS["validation samples"])
+        numbers["test"] = (setting.test_lengths, self.options.num_samples, 1, SEEDS["test samples"])
         files = {name: [(length, *rest) for length in lengths] for name, (lengths, *rest) in numbers.items()}
         make_lines(self.options.model, self.folder, files)
 
@@ -134,9 +136,13 @@ class Bench:
         self.tokenizer = self.tokenizer or load_tokenizer(self.options.model)
         return [encode_training(sample, self.tokenizer) for sample in read_samples(self.folder / f"{name}.jsonl")]
 
+    def path(self, system: str, rate: float, seed: int) -> Path:
+        """Folder of one adapter and its scores; of the base model at rate 0."""
+        return self.folder / f"{system}-{rate:g}-{seed}"
+
     def train(self, system: str, rate: float, seed: int) -> dict[str, Any]:
         """Train one adapter, unless it is there; return what it cost and its loss on the validation samples."""
-        output = self.folder / f"{system}-{rate:g}-{seed}"
+        output = self.path(system, rate, seed)
         if (output / "run.json").is_file():
             return json.loads((output / "run.json").read_text())
         torch.manual_seed(seed)
@@ -148,7 +154,7 @@ class Bench:
         if system == GROWING:
             make_growing(model)
         rows = self.rows(f"train-{seed}")
-        arguments = TrainingArguments(
+        arguments = SealTrainingArguments(
             str(output),
             per_device_train_batch_size=1,
             gradient_accumulation_steps=4,
@@ -157,7 +163,7 @@ class Bench:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             max_grad_norm=1.0,
-            gradient_checkpointing=self.setting.checkpointing,
+            activation_checkpointing=self.setting.checkpointing,
             logging_steps=20,
             save_strategy="no",
             report_to="none",
@@ -178,18 +184,21 @@ class Bench:
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "valid_loss": mean_loss(model.eval(), self.rows("valid"), collator),
             "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
+            **provenance(),
         }
         write_json(output / "run.json", run)
         return run
 
     def test(self, system: str, rate: float, seed: int) -> dict[str, list[float]]:
         """Let one adapter (the base model at rate 0) answer the test samples; return right and wrong by length."""
-        path = self.folder / f"{system}-{rate:g}-{seed}.scores.json"
+        path = self.path(system, rate, seed) / "scores.json"
         if path.is_file():
             return json.loads(path.read_text())
+        if rate:
+            self.train(system, rate, seed)
         model = load_model(self.options.model).eval()
         if rate:
-            model = PeftModel.from_pretrained(model, self.folder / f"{system}-{rate:g}-{seed}").eval()
+            model = PeftModel.from_pretrained(model, path.parent).eval()
         elif self.setting.rope:
             get_peft_model(model, SealConfig(rope_parameters=self.setting.rope))  # scales of 1: the base under RoPE
         if system == GROWING:
@@ -197,7 +206,7 @@ class Bench:
         self.tokenizer = self.tokenizer or load_tokenizer(self.options.model)
         samples = read_samples(self.folder / "test.jsonl")
         scores: dict[str, list[float]] = {}
-        found = score_answers(model, self.tokenizer, samples, self.options.batch_size)
+        found = score_answers(model, self.tokenizer, samples, self.options.batch_tokens)
         for sample, score in zip(samples, found, strict=True):
             scores.setdefault(str(sample.length), []).append(score)
         write_json(path, scores)
@@ -216,12 +225,24 @@ class Bench:
         if self.options.rates_of and self.options.rates_of != self.name:
             other = Bench(self.options, self.options.rates_of)
             return other.best("output-head+query" if system == GROWING else system)
-        return min(self.options.rates, key=lambda rate: self.train(system, rate, 0)["valid_loss"])
+        return min(self.options.rates, key=lambda rate: self.searched(system, rate)["valid_loss"])
+
+    def searched(self, system: str, rate: float) -> dict[str, Any]:
+        """What a job of the search wrote."""
+        return json.loads((self.path(system, rate, 0) / "run.json").read_text())
 
     def finals(self) -> list[tuple[str, float, int]]:
         """Jobs that train and test with the rate that was found, and the base model."""
         seeds = range(self.options.seeds)
         return [*((s, self.best(s), seed) for seed in seeds for s in self.setting.systems), ("base", 0.0, 0)]
+
+    def work(self) -> bool:
+        """Do a share of the jobs; return whether all are done."""
+        searches = {self.path(*job) / "run.json": partial(self.train, *job) for job in self.searches()}
+        if not do_jobs(searches, self.options.until):
+            return False
+        finals = {self.path(*job) / "scores.json": partial(self.test, *job) for job in self.finals()}
+        return do_jobs(finals, self.options.until)
 
     def summary(self) -> dict[str, Any]:
         """Everything that was found, for the results file."""
@@ -239,7 +260,7 @@ class Bench:
             }
             if system != "base" and not self.options.rates_of:
                 entry["search"] = {
-                    f"{rate:g}": self.train(system, rate, 0)["valid_loss"] for rate in self.options.rates
+                    f"{rate:g}": self.searched(system, rate)["valid_loss"] for rate in self.options.rates
                 }
         return {"setting": asdict(self.setting), "systems": systems}
 
@@ -247,22 +268,26 @@ class Bench:
 # -- many processes ---------------------------------------------------------------------------------------------------
 
 
-def work(bench: Bench, phase: str) -> None:
-    """Do a share of the jobs of one phase."""
-    torch.set_num_threads(1)
-    jobs = bench.searches() if phase == "search" else bench.finals()
-    for _, *job in claimed(bench.folder, [(phase, *job) for job in jobs]):
-        if job[1]:
-            bench.train(*job)
-        if phase == "final":
-            bench.test(*job)
-        print(bench.name, *job, flush=True)
-
-
-def spread_phase(options: argparse.Namespace, name: str, phase: str) -> None:
-    """Run the jobs of one phase in worker processes and wait for all of them."""
-    words = [__file__, "work", "--phase", phase, *sys.argv[2:], "--settings", name]
-    spread(Path(options.work) / name, words, options.workers)
+def run(benches: list[Bench], options: argparse.Namespace) -> None:
+    """Do all jobs in worker processes and write the results, or stop where the time is up."""
+    until = str(time.time() + 60 * options.minutes)
+    spread([__file__, "work", *(word for word in sys.argv[1:] if word != "run"), "--until", until], options.workers)
+    options.until = 0.0  # this process begins none
+    if left := [bench.name for bench in benches if not bench.work()]:
+        sys.exit(f"{', '.join(left)}: jobs are left; call this again to go on.")
+    results = {bench.name: bench.summary() for bench in benches}
+    runs = [
+        own
+        for result in results.values()
+        for entry in result["systems"].values()
+        for own in entry["runs"]
+        if entry["rate"]
+    ]
+    write_json(options.output, {"task": "lines", "seeds": SEEDS, **results, **source_of(runs)})
+    for name, result in results.items():
+        for system, entry in result["systems"].items():
+            cells = " ".join(f"{length}: {cell['mean']:.3f}" for length, cell in entry["accuracy"].items())
+            print(f"{name:8} {system:28} lr {entry['rate']:g}  {cells}")
 
 
 def main() -> None:
@@ -277,27 +302,20 @@ def main() -> None:
     parser.add_argument("--rates_of", choices=SETTINGS, help="take each system's rate from this setting's search")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=100, help="test samples of each length")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--phase", choices=["search", "final"])
+    parser.add_argument("--batch_tokens", type=int, default=100_000, help="tokens that are answered together")
+    parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no job later than this")
+    parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)
     options = parser.parse_args()
     benches = [Bench(options, name) for name in options.settings]
-    if options.verb == "work":
-        work(benches[0], options.phase)
-        return
-    for bench in tqdm(benches, desc=options.verb, unit="setting", disable=len(benches) == 1):
+    if options.verb == "run":
+        run(benches, options)
+    for bench in benches:
         if options.verb == "data":
             bench.data()
-            continue
-        for phase in ("search", "final"):
-            spread_phase(options, bench.name, phase)
-    if options.verb == "run":
-        results = {bench.name: bench.summary() for bench in benches}
-        write_json(options.output, {"task": "lines", **results, **provenance()})
-        for name, result in results.items():
-            for system, entry in result["systems"].items():
-                cells = " ".join(f"{length}: {cell['mean']:.3f}" for length, cell in entry["accuracy"].items())
-                print(f"{name:8} {system:28} lr {entry['rate']:g}  {cells}")
+        if options.verb == "work":
+            torch.set_num_threads(1)
+            bench.work()
 
 
 if __name__ == "__main__":

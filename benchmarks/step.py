@@ -39,6 +39,7 @@ from seal_peft.memory.measure import measure_layers
 from seal_peft.memory.policy import LADDER, apply_memory_policy
 from seal_peft.provenance import provenance
 
+PARTS = ["rates", "systems", "policies"]
 LABELS = 20
 SEEDS = {"weights": 0, "tokens": "the length"}
 FLOOR = "frozen floor"
@@ -309,12 +310,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="8b", choices=list(SIZES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16_384, 31_744])
-    parser.add_argument("--parts", nargs="+", default=["rates", "systems", "policies"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--systems", nargs="+", choices=list(METHODS), help="methods beside the floor; default: all")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), help="default: all")
     parser.add_argument("--attention", default="default", choices=["default", *BACKENDS])
     parser.add_argument("--repeats", type=int, default=3, help="interleaved rounds")
-    parser.add_argument("--commit", help="of these files, where there is no git")
     parser.add_argument("--output", default="results/step.json")
     arguments = parser.parse_args()
     record: dict[str, Any] = {"size": arguments.size, "labels": LABELS, "runs": [], "results": {}}
@@ -322,10 +322,7 @@ def main() -> None:
         record = json.loads(Path(arguments.output).read_text(encoding="utf-8"))
         if (record["size"], record["labels"]) != (arguments.size, LABELS):
             raise SystemExit(f"{arguments.output} holds another model; give another --output.")
-    source = provenance()
-    record["runs"].append(
-        {"arguments": vars(arguments), **source, "commit": arguments.commit or source["commit"], "seeds": SEEDS}
-    )
+    record["runs"].append({"arguments": vars(arguments), **provenance(), "seeds": SEEDS})
     for length, part, rows in measure(arguments):
         parts = record["results"].setdefault(str(length), {})
         parts[part] = {"run": len(record["runs"]) - 1, "rows": rows}

@@ -25,13 +25,15 @@ import json
 import re
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from jobs import Part, claimed, interval_over_seeds, make_lines, mean_loss, score_answers, spread
+from jobs import Part, do_jobs, interval_over_seeds, make_lines, mean_loss, score_answers, source_of, spread
 from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -56,6 +58,7 @@ METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any], tuple[float, ...]]] =
     "dora": (LoraConfig, {"r": 4, "use_dora": True, "target_modules": PROJECTIONS}, LORA_RATES),
 }
 REACHED = (0.90, 0.95)
+SEEDS = {"training": "of each run, also of its samples", "validation samples": 100_000, "test samples": 0}
 
 
 @dataclass(frozen=True)
@@ -201,8 +204,8 @@ class Bench:
         for seed in range(size.seeds):
             mixed = [part for length in size.lengths for part in _parts(length, size.contexts, questions, seed)]
             files |= {f"mixed-{seed}": mixed, f"full-{seed}": _parts(longest, size.full, 1, seed)}
-        files["valid"] = [(longest, size.valid, 1, 100_000)]
-        files["test"] = _parts(longest, self.options.num_samples, 1, 0)
+        files["valid"] = [(longest, size.valid, 1, SEEDS["validation samples"])]
+        files["test"] = _parts(longest, self.options.num_samples, 1, SEEDS["test samples"])
         make_lines(self.options.model, self.folder, files)
 
     def samples(self, name: str) -> list[Sample]:
@@ -213,9 +216,13 @@ class Bench:
         """Tokens and labels of samples."""
         return [encode_training(sample, self.tokenizer) for sample in samples]
 
+    def path(self, phase: str, system: str, rate: float, seed: int) -> Path:
+        """Folder of one job."""
+        return self.folder / phase / f"{system}-{rate:g}-{seed}"
+
     def train(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
         """Train one adapter, unless it is there; return what it cost, point by point."""
-        output = self.folder / phase / f"{system}-{rate:g}-{seed}"
+        output = self.path(phase, system, rate, seed)
         if (output / "run.json").is_file():
             return json.loads((output / "run.json").read_text())
         torch.manual_seed(seed)
@@ -236,6 +243,7 @@ class Bench:
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "valid_loss": mean_loss(model.eval(), self.rows(self.samples("valid")), collator),
             "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
+            **provenance(),
         }
         write_json(output / "run.json", run)
         return run
@@ -256,11 +264,14 @@ class Bench:
 
     def test(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
         """Let the adapter of each point answer, up to the first that reaches the highest accuracy, and the last."""
-        folder = self.folder / phase / f"{system}-{rate:g}-{seed}"
-        path = folder / "scores.json"
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        samples = self.samples("test")
+        folder = self.path(phase, system, rate, seed)
+        if (folder / "scores.json").is_file():
+            return json.loads((folder / "scores.json").read_text())
         steps = [point["step"] for point in self.train(phase, system, rate, seed)["points"]]
+        path, known = folder / "scores-so-far.json", {}
+        if path.is_file():
+            known = json.loads(path.read_text())
+        samples = self.samples("test")
         model: Any = None
         for name in [*map(str, steps), "reworded"]:
             done = any(sum(own) >= max(REACHED) * len(own) for key, own in known.items() if key != "reworded")
@@ -270,9 +281,10 @@ class Bench:
             step = steps[-1] if name == "reworded" else name
             worn = PeftModel.from_pretrained(model, folder / f"step-{step}").eval()
             asked = list(map(reworded, samples)) if name == "reworded" else samples
-            known[name] = score_answers(worn, self.tokenizer, asked, self.options.batch_size)
+            known[name] = score_answers(worn, self.tokenizer, asked, self.options.batch_tokens)
             model = unload_adapter(worn)
             write_json(path, known)
+        path.rename(folder / "scores.json")
         return known
 
     def base(self) -> dict[str, Any]:
@@ -281,7 +293,7 @@ class Bench:
         if not path.is_file():
             model, samples = load_model(self.options.model).eval(), self.samples("test")
             asked = {"original": samples, "reworded": list(map(reworded, samples))}
-            scores = {k: score_answers(model, self.tokenizer, v, self.options.batch_size) for k, v in asked.items()}
+            scores = {k: score_answers(model, self.tokenizer, v, self.options.batch_tokens) for k, v in asked.items()}
             write_json(path, scores)
         return json.loads(path.read_text())
 
@@ -298,42 +310,43 @@ class Bench:
             return [(phase, name, self.best("seal-c"), 0) for name in KNOBS]
         return [(phase, name, self.best(name), seed) for name in self.systems for seed in range(self.size.seeds)]
 
-    def finished(self, job: tuple[str, str, float, int]) -> bool:
-        """Tell whether all files of a job are there."""
-        phase, system, rate, seed = job
-        folder = self.folder / phase / f"{system}-{rate:g}-{seed}"
-        scores = folder / "scores.json"
-        tested = phase in ("search", "timing") or (scores.is_file() and "reworded" in json.loads(scores.read_text()))
-        return tested and (folder / "run.json").is_file()
+    def files(self, phase: str) -> dict[Path, Callable[[], object]]:
+        """What the jobs of a phase write last, and how: of those that search or are timed nobody asks for answers."""
+        do, name = (self.train, "run.json") if phase in ("search", "timing") else (self.test, "scores.json")
+        files: dict[Path, Callable[[], object]] = {
+            self.path(*job) / name: partial(do, *job) for job in self.jobs(phase)
+        }
+        return files | ({self.folder / "base.json": self.base} if phase == "final" else {})
+
+    def left(self, phase: str) -> list[Path]:
+        """Files of a phase that are not there yet."""
+        return [path for path in self.files(phase) if not path.is_file()]
 
     def best(self, system: str) -> float:
         """Learning rate with the lowest validation loss in the search."""
         rates = METHODS[SYSTEMS[system].method][2]
-        return min(rates, key=lambda rate: self.train("search", system, rate, 0)["valid_loss"])
+        return min(rates, key=lambda rate: self.searched(system, rate)["valid_loss"])
 
-    def work(self, phase: str) -> None:
-        """Do a share of the jobs of one phase."""
-        torch.set_num_threads(1)
-        for job in claimed(self.folder, [job for job in self.jobs(phase) if not self.finished(job)]):
-            if time.time() > self.options.until:
-                return
-            self.train(*job)
-            if phase in ("final", "knobs"):
-                self.test(*job)
-            print(*job, flush=True)
+    def searched(self, system: str, rate: float) -> dict[str, Any]:
+        """What a job of the search wrote."""
+        return json.loads((self.path("search", system, rate, 0) / "run.json").read_text())
+
+    def work(self, phase: str) -> bool:
+        """Do a share of the jobs of one phase; return whether all are done."""
+        return do_jobs(self.files(phase), self.options.until)
 
     def run(self) -> None:
         """Do the phases in worker processes; stop where the time is up."""
         until = time.time() + 60 * self.options.minutes
         gpus = max(1, torch.cuda.device_count())
         shared = ["--model", self.options.model, "--work", self.options.work, "--size", self.options.size]
-        shared += ["--points", str(self.options.points), "--batch_size", str(self.options.batch_size)]
+        shared += ["--points", str(self.options.points), "--batch_tokens", str(self.options.batch_tokens)]
         shared += ["--systems", *self.systems]
         for phase in self.options.phases:
-            if any(not self.finished(job) for job in self.jobs(phase)):
+            if self.left(phase):
                 workers = gpus if phase == "timing" else self.options.workers
-                spread(self.folder, [__file__, "work", "--phases", phase, "--until", str(until), *shared], workers)
-            if left := [job for job in self.jobs(phase) if not self.finished(job)]:
+                spread([__file__, "work", "--phases", phase, "--until", str(until), *shared], workers)
+            if left := self.left(phase):
                 sys.exit(f"{phase}: {len(left)} jobs are left; call this again to go on.")
 
     def summary(self) -> dict[str, Any]:
@@ -347,7 +360,7 @@ class Bench:
         for system, entry in finals.items():
             runs, rates = entry["runs"], METHODS[SYSTEMS[system].method][2]
             entry["recipe"], entry["parameters"] = asdict(SYSTEMS[system]), runs[0]["parameters"]
-            entry["search"] = {f"{rate:g}": self.train("search", system, rate, 0)["valid_loss"] for rate in rates}
+            entry["search"] = {f"{rate:g}": self.searched(system, rate)["valid_loss"] for rate in rates}
             for name in ("last", "reworded"):
                 entry[name] = interval_over_seeds([run.pop(f"{name}_scores") for run in runs])
             for target in map(str, REACHED):
@@ -361,7 +374,7 @@ class Bench:
                     "tokens": _finite(median(tokens)),
                 }
         knobs = {}
-        if "seal-c" in self.systems and all(map(self.finished, self.jobs("knobs"))):
+        if "seal-c" in self.systems and not self.left("knobs"):
             for phase, knob, rate, seed in self.jobs("knobs"):
                 outcome = self._outcome(phase, knob, rate, seed, finals["seal-c"]["seconds_per_token"])
                 for name in ("last", "reworded"):
@@ -431,11 +444,11 @@ def table(systems: dict[str, Any]) -> str:
 
 def merge(bench: Bench) -> None:
     """Write the results file."""
-    missing = [job for phase in ("timing", "search", "final") for job in bench.jobs(phase) if not bench.finished(job)]
-    if missing:
+    if missing := next(filter(None, map(bench.left, ("timing", "search", "final"))), []):
         sys.exit(f"{len(missing)} jobs are left, {missing[0]} first: use `run`.")
     result = bench.summary()
-    write_json(bench.options.output, {"task": "lines", **result, **provenance()})
+    runs = [run for entry in result["systems"].values() for run in entry["runs"]]
+    write_json(bench.options.output, {"task": "lines", "seeds": SEEDS, **result, **source_of(runs)})
     print(f"{table(result['systems'])}\nwritten to {bench.options.output}")
 
 
@@ -452,13 +465,14 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy.json"))
     parser.add_argument("--num_samples", type=int, default=200, help="test samples")
     parser.add_argument("--points", type=int, default=6, help="points of each training at which it is tested")
-    parser.add_argument("--batch_size", type=int, default=20, help="prompts that are answered together")
+    parser.add_argument("--batch_tokens", type=int, default=100_000, help="tokens that are answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin no job later than this")
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options)
     if options.verb == "work":
+        torch.set_num_threads(1)
         bench.work(options.phases[0])
     if options.verb in ("data", "all"):
         bench.data()

@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from .data import read_samples
 from .files import write_json
+from .folders import check_output_folder
 from .generation import generate_answers, make_batches
 from .guard import Guard, make_guard, summarise_guard, window_losses
 from .loading import (
@@ -26,6 +27,7 @@ from .loading import (
     locate_model,
     pick_device,
     pick_dtype,
+    read_adapter,
     unload_adapter,
 )
 from .predictions import Predictions, fingerprint, identity
@@ -95,12 +97,16 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
         What `metrics.json` holds; nothing in processes other than the first.
 
     Raises:
-        ValueError: Bad rows, names, lengths or adapters, or samples that an adapter was trained on; raised before any
-            model is loaded.
+        ValueError: Bad rows, names, lengths or adapters, samples that an adapter was trained on, or an output folder
+            of another stage; raised before any model is loaded.
     """
     systems = name_systems(arguments.model_name_or_path, arguments.adapters, arguments.models, arguments.skip_base)
     _check_numbers(arguments)
+    check_output_folder(Path(arguments.output_dir), "evaluate")
     samples = _read_test_file(arguments.test_file)
+    for system in systems:
+        if system.adapter:
+            read_adapter(system.adapter)  # a mistyped name shows before all prompts are turned into tokens
     check_held_out(systems, samples, arguments.test_file)
     models = list(dict.fromkeys(system.model for system in systems))
     guard = make_guard(models) if arguments.guard else Guard()
@@ -137,9 +143,12 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
     predictions = Predictions(path)
     predictions.keep_only(keys)
-    scores = {name: [predictions[key]["score"] for key in own[: len(asked)]] for name, own in keys.items()}
+    rows = {name: [predictions[key] for key in own[: len(asked)]] for name, own in keys.items()}
+    scores = {name: [row["score"] for row in own] for name, own in rows.items()}
     own_scores = {name: own[: len(samples)] for name, own in scores.items()}
     metrics = summarise(samples, own_scores, BASE, arguments.effective_threshold)
+    if more := _more_scores(samples, rows):
+        metrics["more_scores"] = more
     if arguments.guard:
         losses = {name: predictions[own[-1]]["losses"] for name, own in keys.items()}
         essays = {system.name: guard.essays[system.model] for system in systems}
@@ -157,13 +166,30 @@ def _read_test_file(path: str) -> list[Sample]:
     if not samples:
         raise ValueError(f"{path} holds no samples. Make some with `seal-peft make-data`.")
     for line, sample in enumerate(samples, start=1):
-        name = "task"
         try:
-            score, name = get_task(sample.task).score, "answers"
+            score = get_task(sample.task).score
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: Field 'task': {error}") from error
+        try:
             score("0", sample.answers)  # a digit, because the rule of `lines` reads numbers
         except ValueError as error:
-            raise ValueError(f"{path}, line {line}: Field {name!r}: {error}") from error
+            raise ValueError(
+                f"{path}, line {line}: Field 'answers': the rule of {sample.task!r} cannot read "
+                f"{sample.answers!r:.70} ({error}). Give answers of the kind that it scores, or another task; "
+                "docs/tasks.md has the rules."
+            ) from error
     return samples
+
+
+def _more_scores(samples: list[Sample], rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Results by the further rules of a task, as `systems` has them by its own: by task and name of the rule."""
+    found: dict[str, dict[str, Any]] = {}
+    for task in dict.fromkeys(sample.task for sample in samples):
+        places = [index for index, sample in enumerate(samples) if sample.task == task]
+        for rule in get_task(task).more_scores:
+            scores = {system: [own[index][rule] for index in places] for system, own in rows.items()}
+            found.setdefault(task, {})[rule] = summarise([samples[i] for i in places], scores, BASE)["systems"]
+    return found
 
 
 def _by_task(samples: list[Sample], label: str) -> dict[str, list[str]]:

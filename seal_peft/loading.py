@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from huggingface_hub import HfApi, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assets import public_id, resolve_model
@@ -58,8 +60,15 @@ def load_config(model_name_or_path: str) -> Any:
 
     Raises:
         OSError: There is no such model, or no way to it.
+        ValueError: It is an adapter.
     """
     name = locate_model(model_name_or_path)
+    if reason := _not_found(name, "config.json"):
+        raise OSError(f"{reason} Give the folder of a model, a Hub id, or the word smollm2.")
+    if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
+        raise ValueError(
+            f"{model_name_or_path} is an adapter, not a model. `seal-peft evaluate` takes it in --adapters."
+        )
     try:
         return AutoConfig.from_pretrained(name)
     except OSError as error:
@@ -99,6 +108,8 @@ def read_adapter(path: str) -> PeftConfig:
     Raises:
         ValueError: There is no adapter, its method is not known, or its files are broken.
     """
+    if reason := _not_found(path, CONFIG_NAME):
+        raise ValueError(f"{reason} Give the folder of an adapter, or a Hub id.")
     try:
         config = PeftConfig.from_pretrained(path)
     except (ValueError, OSError) as error:
@@ -110,6 +121,29 @@ def read_adapter(path: str) -> PeftConfig:
     check_weights_file(str(Path(path) / SAFETENSORS_WEIGHTS_NAME))
     # The config of a method may check more than the general one: SEAL's reads the scales.
     return type(config).from_pretrained(path)
+
+
+def _not_found(name: str, file: str) -> str | None:
+    """Say in a sentence why there is neither a folder nor a Hub repository of this name; `None` where there is one.
+
+    Most often a folder is mistyped, which may look like a Hub id. One request tells, where those that download would
+    try for half a minute to reach the Hub.
+    """
+    if Path(name).is_dir():
+        return None
+    try:
+        if isinstance(try_to_load_from_cache(name, file), str) or HfApi().file_exists(name, file):
+            return None
+    except HFValidationError:
+        return f"There is no folder {name!r}."
+    except Exception as error:  # what a network can do to a request depends on the Hub's client and its version
+        return (
+            f"There is no folder {name!r}, and the Hub, where it was looked up, refused or did not answer ({error})."
+        )
+    return (
+        f"There is no folder {name!r}, and the Hub, where it was looked up, has no such {file} either. (For a private "
+        "repository, log in with `hf auth login`.)"
+    )
 
 
 def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:

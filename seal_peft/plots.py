@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 _BASE_COLOUR = "#666666"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS = "osD^vPX"
-# Beyond these many fields a map's numbers are too small to read.
+# Beyond these many fields a map's numbers are too small to read; beyond these many lengths their names meet.
 _MOST_NUMBERS = 150
+_MOST_LEVEL_NAMES = 8
+_SLANTED: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
 
 
 def new_figure(width: float, height: float) -> Figure:
@@ -63,7 +65,8 @@ def plot_lengths(metrics: dict[str, Any], task: str, path: Path) -> Path:
 
     lengths = sorted({cell["length"] for cell in cells})
     systems = list(metrics["systems"])
-    figure = new_figure(7, 4.2)
+    crowded = len(lengths) > _MOST_LEVEL_NAMES
+    figure = new_figure(max(7, 1.5 + 0.3 * len(lengths)) if crowded else 7, 4.2)
     axes = figure.subplots()
     for number, system in enumerate(systems):
         own = {cell["length"]: cell for cell in cells if cell["system"] == system}
@@ -96,7 +99,7 @@ def plot_lengths(metrics: dict[str, Any], task: str, path: Path) -> Path:
     beyond = "; hollow: beyond the system's window" if hollow else ""
     axes.set(xlabel="length in tokens", ylabel="mean score", ylim=(-0.03, 1.03))
     axes.set_title(f"{label}: score by length\n{_counted(cells)} a point, 95% intervals{beyond}", fontsize=11)
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], **_SLANTED if crowded else {})
     axes.set_xlim(-0.5, len(lengths) - 0.5)
     axes.grid(axis="y", color="#dddddd", linewidth=0.8)
     axes.set_axisbelow(True)
@@ -139,13 +142,17 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
     numbers |= {"scores": scores, "differences": differences}
     write_json(path.with_suffix(".json"), numbers)
 
-    width = max(3.0, 1.2 + 0.55 * len(lengths))
-    height = max(2.4, 0.9 + 0.3 * len(depths))
+    numbered = len(lengths) * len(depths) <= _MOST_NUMBERS
+    width = max(3.0, 1.2 + (0.55 if numbered else 0.24) * len(lengths))
+    height = max(2.4, 0.9 + (0.3 if numbered else 0.17) * len(depths))
     rows = 2 if differences else 1
     figure = new_figure(1.5 + width * len(scores), 0.8 + height * rows)
     grid = figure.subplots(rows, len(scores), squeeze=False, sharex=True, sharey=True)
     for axes, (name, values) in zip(grid[0], scores.items(), strict=True):
-        title = f"{name} (window {windows[name]:,})" if windows.get(name, lengths[-1]) < lengths[-1] else name
+        title = name
+        if (within := sum(length <= windows.get(name, length) for length in lengths)) < len(lengths):
+            title = f"{name} (window {windows[name]:,}, dashed)"
+            axes.axvline(within - 0.5, color="#D55E00", linestyle="--", linewidth=2)
         image = _draw_map(axes, values, lengths, depths, title, "viridis", (0, 1))
     figure.colorbar(image, ax=list(grid[0]), label="mean score", fraction=0.05)
     for axes, name in zip(grid[1] if differences else (), scores, strict=False):
@@ -156,9 +163,13 @@ def plot_depths(metrics: dict[str, Any], task: str, path: Path) -> Path | None:
         image = _draw_map(axes, differences[name], lengths, depths, f"{name} \N{MINUS SIGN} base", "RdBu", (-1, 1))
         axes.tick_params(labelleft=True)
     if differences:
-        figure.colorbar(image, ax=list(grid[1]), label="difference (blue: better than base)", fraction=0.05)
-    figure.supylabel("depth of the fact (0 start, 1 end of the context)", fontsize=10)
-    figure.suptitle(f"{label}: score by depth and length, {_counted(cells)} a field")
+        figure.colorbar(image, ax=list(grid[1]), label="difference (blue: better)", fraction=0.05)
+    figure.supylabel("depth of the fact (0: start, 1: end)", fontsize=10)
+    empty = any(value is None for values in scores.values() for row in values for value in row)
+    figure.suptitle(
+        f"{label}: score by depth and length\n{_counted(cells)} a field{'; hatched: not asked' if empty else ''}",
+        fontsize=11,
+    )
     return _save(figure, path)
 
 
@@ -188,11 +199,13 @@ def _draw_map(
     colours: str,
     limits: tuple[float, float],
 ) -> Any:
-    """Draw one map with the numbers in its fields; fields without samples stay empty."""
+    """Draw one map with the numbers in its fields; fields without samples are hatched, because white is a value."""
+    axes.set_facecolor("#dddddd")
+    axes.patch.set(hatch="////", edgecolor="#999999")
     numbers = [[float("nan") if value is None else value for value in row] for row in values]
     image: Any = axes.imshow(numbers, cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
     axes.set_title(title, fontsize=10)
-    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], rotation=45, ha="right")
+    axes.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths], **_SLANTED)
     axes.set_yticks(range(len(depths)), [f"{round(depth, 2):g}" for depth in depths])
     axes.set_xlabel("length in tokens")
     axes.tick_params(labelbottom=True)
@@ -229,7 +242,8 @@ def plot_scales(layers: dict[str, Tensor], path: Path) -> Path:
         if title.startswith("scale"):  # 1 is unchanged
             reach = max(*(abs(value - 1) for row in values for value in row), 1e-3)
             image = axes.imshow(values, cmap="RdBu_r", vmin=1 - reach, vmax=1 + reach, aspect="auto")
-            label = "scale (red: emphasised, white: unchanged, blue: muted)"
+            ends = ("sharper attention", "flatter") if "query" in title else ("emphasised", "muted")
+            label = f"scale (red: {ends[0]}, white: unchanged, blue: {ends[1]})"
         else:
             reach = max(*(value for row in values for value in row), 1e-3)
             image = axes.imshow(values, cmap="viridis", vmin=0, vmax=reach, aspect="auto")

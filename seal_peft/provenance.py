@@ -1,7 +1,12 @@
-"""Where a number comes from: command, versions, device, date and commit, for every file that holds results."""
+"""Where a number comes from: command, versions, device, date and commit, for every file that holds results.
+
+A copy of the tree without its git history does not know its commit: tell it by the environment variable
+`SEAL_PEFT_COMMIT`, as `git rev-parse HEAD` prints it where the copy was made.
+"""
 
 from __future__ import annotations
 
+import os
 import platform
 import shlex
 import subprocess
@@ -44,14 +49,14 @@ def _version(name: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the source tree, marked `-dirty` if it has changes; `None` for an installed wheel."""
+    """Commit of the source tree, marked `-dirty` if it has changes; without git the one that the environment tells."""
     file = Path(__file__)
     try:
         # An environment may lie inside the tree of another project, whose commit says nothing about this file.
         _git(file, "ls-files", "--error-unmatch", file.name)
         return _git(file, "rev-parse", "HEAD") + ("-dirty" if _git(file, "status", "--porcelain", "--", ".") else "")
     except (OSError, subprocess.SubprocessError):
-        return None
+        return os.environ.get("SEAL_PEFT_COMMIT") or None
 
 
 def _git(file: Path, *words: str) -> str:

@@ -23,7 +23,7 @@ from .tuner import scales
 logger = logging.getLogger(__name__)
 
 
-_ABOUT = {"Model": "model_name_or_path", "Samples": "test_file"}
+_ABOUT = {"Model": "model_name_or_path", "Adapters": "adapters", "Other models": "models", "Samples": "test_file"}
 _ABOUT_P = "p: how probable so uneven a count of better and worse answers is if neither system is better."
 
 
@@ -72,11 +72,16 @@ def _results(metrics: dict[str, Any], folder: Path) -> list[str]:
     """Paragraphs about what was measured; draws their pictures."""
     tasks = sorted({cell["task"] for cell in metrics["cells"]})
     arguments = metrics.get("arguments", {})
-    parts = [f"{name}: `{arguments[key]}`" for name, key in _ABOUT.items() if key in arguments]
+    about = {name: arguments.get(key) or [] for name, key in _ABOUT.items()}
+    about = {name: [given] if isinstance(given, str) else given for name, given in about.items()}
+    parts = [f"{name}: {', '.join(f'`{one}`' for one in given)}" for name, given in about.items() if given]
     parts.append("\n".join(f"- `{task}`: {TASKS[task].description}" for task in tasks if task in TASKS))
     parts += notes(metrics)
     parts += ["## Scores", markdown_table(overall_rows(metrics))]
     parts.append(f"Mean over all samples. {_ABOUT_P}")
+    for task, rules in metrics.get("more_scores", {}).items():
+        for rule, systems in rules.items():
+            parts += [f"`{task}` by `{rule}`, for comparison:", markdown_table(overall_rows({"systems": systems}))]
     parts += ["## By length", markdown_table(length_rows(metrics)), "Mean score, in brackets its 95% interval."]
     if beyond := _beyond(metrics):
         parts.append(f"\\* longer than what the system reaches: {beyond}.")
@@ -131,7 +136,7 @@ def _picture(draw: Callable[[Path], Path | None], path: Path, what: str) -> list
 
 def overall_rows(metrics: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of all systems, the header first."""
-    rows = [["system", "score", "95% interval", "samples", "difference to base", "p"]]
+    rows = [["system", "score", "95% interval", "samples", "difference to base (95% interval)", "p"]]
     for name, result in metrics["systems"].items():
         row = [name, f"{result['accuracy']:.3f}", f"{result['low']:.3f} to {result['high']:.3f}", str(result["n"])]
         difference = result.get("difference_to_base")
@@ -164,7 +169,7 @@ def guard_tables(metrics: dict[str, Any]) -> dict[str, list[list[str]]]:
 
 def guard_rows(guard: dict[str, Any]) -> list[list[str]]:
     """Rows of a table of perplexities, the header first."""
-    rows = [["system", "perplexity", "loss", "95% interval", "difference to base"]]
+    rows = [["system", "perplexity", "loss", "95% interval", "difference to base (95% interval)"]]
     for name, own in guard.items():
         difference = own.get("difference_to_base")
         change = "{mean:+.4f} ({low:+.4f} to {high:+.4f})".format(**difference) if difference else ""

@@ -24,6 +24,7 @@ from .card import write_card
 from .data import prompt_hash, read_samples, trained_prompts
 from .dataset import training_rows
 from .files import alone_in, write_json
+from .folders import check_output_folder
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype, read_adapter
 from .memory import Policy, apply_memory_policy
 from .provenance import provenance
@@ -163,8 +164,8 @@ def train(
 
     Raises:
         ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, a
-            finished adapter or an unfinished training with other settings in the output folder; raised before the
-            model is loaded. Another process trains into the folder.
+            finished adapter, an unfinished training with other settings, or files of another stage in the output
+            folder; raised before the model is loaded. Another process trains into the folder.
     """
     if arguments.memory is not None and training_arguments.activation_checkpointing:
         raise ValueError(
@@ -175,6 +176,7 @@ def train(
     other, config = config, config or _config(arguments)
     pick_dtype(arguments.dtype)
     output_dir = Path(training_arguments.output_dir)
+    check_output_folder(output_dir, "train")
     settings = settings_of(asdict(arguments), training_arguments, other)
     checkpoint = training_arguments.resume_from_checkpoint or find_checkpoint(
         output_dir, settings, arguments.overwrite_output_dir

@@ -11,9 +11,20 @@ from torch.testing import assert_close
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
-from models import ARCHITECTURES, INPUT_IDS, adapted, base_model, llama, logits, multiply_by_hand, seal_layers
+from models import (
+    ARCHITECTURES,
+    INPUT_IDS,
+    adapted,
+    base_model,
+    draw_scales,
+    llama,
+    logits,
+    multiply_by_hand,
+    seal_layers,
+    seeded,
+)
 from seal_peft import SealConfig, SealLayer, scales
-from seal_peft.tuner.geometry import TARGET_MODULES
+from seal_peft.tuner.geometry import TARGET_MODULES, attention_of
 
 every_architecture = pytest.mark.parametrize("name", ARCHITECTURES)
 both_granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
@@ -126,8 +137,94 @@ def test_gradient_of_the_scales_equals_finite_differences():
             assert weight.grad[index].item() == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
 
 
+_ENCODER_SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+_BART_SIZES = {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 40}.items()
+}
+_BERT = [f"encoder.layer.{layer}.attention.output.dense" for layer in range(2)]
+_SIDES = [f"{side}.layers.{{}}.self_attn.out_proj" for side in ("encoder", "decoder")]
+# Model type -> settings of a tiny model, and its projections to 4 heads, by hand.
+ENCODERS = {
+    "bert": (_ENCODER_SIZES, _BERT),
+    "deberta-v2": (_ENCODER_SIZES, _BERT),
+    "roberta": (_ENCODER_SIZES, _BERT),
+    "distilbert": (
+        {"vocab_size": 64, "dim": 32, "hidden_dim": 40, "n_layers": 2, "n_heads": 4},
+        [f"transformer.layer.{layer}.attention.out_lin" for layer in range(2)],
+    ),
+    "modernbert": (
+        {**_ENCODER_SIZES, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        [f"layers.{layer}.attn.Wo" for layer in range(2)],
+    ),
+    "bart": (
+        {"vocab_size": 64, "d_model": 32, "max_position_embeddings": 64, **_BART_SIZES},
+        [name.format(layer) for name in [*_SIDES, "decoder.layers.{}.encoder_attn.out_proj"] for layer in range(2)],
+    ),
+    "t5": (
+        {"vocab_size": 64, "d_model": 32, "d_kv": 12, "d_ff": 40, "num_layers": 2, "num_heads": 4},
+        [
+            *(
+                f"{side}.block.{layer}.layer.0.SelfAttention.o"
+                for side in ("encoder", "decoder")
+                for layer in range(2)
+            ),
+            *(f"decoder.block.{layer}.layer.1.EncDecAttention.o" for layer in range(2)),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("model_type", ENCODERS)
+def test_encoders_live_as_decoders_do(model_type, tmp_path):
+    sizes, projections = ENCODERS[model_type]
+    config = CONFIG_MAPPING[model_type](**sizes)
+    plain = seeded(config, MODEL_MAPPING[type(config)])
+    inputs = {"input_ids": INPUT_IDS}
+    if config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = INPUT_IDS.flip(1)
+
+    def states(model):
+        with torch.no_grad():
+            return model(**inputs).last_hidden_state
+
+    model = get_peft_model(copy.deepcopy(plain), SealConfig(granularity="channel")).eval()
+    draw_scales(model)
+    assert {key: layer.geometry.num_heads for key, layer in seal_layers(model).items()} == dict.fromkeys(
+        projections, 4
+    )
+    found = states(model)
+    assert_close(found, states(multiply_by_hand(copy.deepcopy(plain), scales(model))), rtol=0, atol=1e-5)
+    assert (found - states(plain)).abs().max() > 0.05
+    model.save_pretrained(tmp_path)
+    assert torch.equal(states(PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path)), found)
+    model.merge_adapter()
+    assert_close(states(model), found, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert torch.equal(states(model.unload()), states(plain))
+    chosen = SealConfig(target_heads=["L1H2"])
+    if config.is_encoder_decoder:
+        with pytest.raises(ValueError, match=r"cannot tell the heads of encoder\..* from those of decoder\..*L1H"):
+            get_peft_model(plain, chosen)
+    else:
+        assert list(seal_layers(get_peft_model(plain, chosen))) == projections[1:]
+
+
 # What some configs need before they can build a model from their defaults.
 _TO_BUILD = {
+    **dict.fromkeys(
+        "bart blenderbot m2m_100 marian mbart pegasus plbart whisper".split(),
+        {"encoder_layers": 4, "decoder_layers": 4},
+    ),
+    **dict.fromkeys(["mt5", "t5", "umt5"], {"num_decoder_layers": 4}),
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"num_hidden_layers": 4, "attention_types": [[["global", "local"], 2]]},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -151,13 +248,14 @@ def test_every_entry_of_the_table_finds_the_heads_of_a_full_size_model(model_typ
     if model_type == "mllama_text_model":
         model_class = tf.MllamaForCausalLM
     else:
-        mapping = MODEL_FOR_CAUSAL_LM_MAPPING if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_MAPPING
-        model_class = mapping[type(config)]
+        is_decoder = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+        model_class = (MODEL_FOR_CAUSAL_LM_MAPPING if is_decoder else MODEL_MAPPING)[type(config)]
     with torch.device("meta"):
         model = get_peft_model(model_class(config), SealConfig())
-    parents = [type(model.get_submodule("base_model.model." + key.rpartition(".")[0])) for key in seal_layers(model)]
+    parents = [type(attention_of(model, f"base_model.model.{key}")) for key in seal_layers(model)]
     assert all("Attention" in parent.__name__ or "MLA" in parent.__name__ for parent in parents)
-    assert 1 <= len(parents) <= 4 if model_type in _HYBRID else len(parents) == 4
+    expected = 12 if config.is_encoder_decoder else 4  # a decoder attends to itself and to the encoder
+    assert 1 <= len(parents) <= 4 if model_type in _HYBRID else len(parents) == expected
 
 
 class CustomAttention(nn.Module):
@@ -201,12 +299,11 @@ def test_an_unknown_model_is_refused_with_what_was_found_and_the_field_that_help
 
 
 def test_an_unknown_transformers_architecture_is_named():
-    config = tf.BertConfig(
-        vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+    model = tf.MPNetModel(
+        tf.MPNetConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
     )
-    model = tf.BertModel(config)
     with pytest.raises(
-        ValueError, match=r"model type 'bert'.*attention \(BertAttention\) with .*output\.dense.*target_mod"
+        ValueError, match=r"model type 'mpnet'.*attention \(MPNetAttention\) with .*attn\.o.*target_mod"
     ):
         get_peft_model(model, SealConfig())
 

@@ -11,6 +11,7 @@ from peft import get_peft_model
 
 import models
 import tokenizers_for_tests as tokenizers_
+from pages import filled
 from seal_peft import SealConfig
 from seal_peft.data import write_samples
 from seal_peft.generation import generate_answers
@@ -50,6 +51,14 @@ def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(
         for values in own["equality"]["float32"].values():
             assert values["mean"] <= values["sample"] < 1e-4
             assert values["noise"]["same"] == 1.0
+    pieces = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speed").iterdir()}
+    assert len(pieces) == 2 * 3  # times, and two kinds of contexts, at each length
+    run(monkeypatch, "heads.py", *words, "--parts", "speed")
+    assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speed").iterdir()} == pieces
+    with pytest.raises(SystemExit, match="was measured with .*'check_heads': 2"):
+        run(monkeypatch, "heads.py", *words, "--parts", "speed", "--check_heads", 3)
+    (table,) = filled("results/heads-quadrants.json", json.loads((tmp_path / "heads-quadrants.json").read_text()))
+    assert "| system | accuracy at 300 | nats at 300 |" in table
     systems = {cell["system"] for cell in quadrants["logprob"]}
     assert systems == {"base", "Q1x0.9", "Q3x0.9", "Q1x0.9-Q3x1.1", "seal-head", "seal-channel"}
 
@@ -93,20 +102,27 @@ def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
     systems = ["base", "self-extend+seal-c+temperature"]
     settings = {"folder": tmp_path, "model": model, "tasks": "lines", "systems": systems, "batch_tokens": 700}
     run(monkeypatch, "context.py", "work", *words_of(settings))
-    records = {system: tmp_path / "lines" / system / "answers.jsonl" for system in systems}
-    whole = {system: record.read_text() for system, record in records.items()}
-    weights = (tmp_path / "lines" / systems[1] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
-    records["base"].write_text("".join(whole["base"].splitlines(keepends=True)[:2]))
-    for claim in (tmp_path / "claims").iterdir():
-        claim.unlink()
+    folders = {system: tmp_path / "lines" / system for system in systems}
+    whole = {system: json.loads((folder / "answers.json").read_text()) for system, folder in folders.items()}
+    weights = (folders[systems[1]] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    # As after a kill between two batches.
+    (folders["base"] / "answers.json").write_text(json.dumps(dict(list(whole["base"].items())[:2])))
+    for folder in folders.values():
+        (folder / "asked.json").unlink()
     run(monkeypatch, "context.py", "work", *words_of(settings))
-    assert {system: record.read_text() for system, record in records.items()} == whole
-    assert (tmp_path / "lines" / systems[1] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    assert {system: json.loads((f / "answers.json").read_text()) for system, f in folders.items()} == whole
+    assert (folders[systems[1]] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == weights
+    first = next(iter(whole["base"]))  # the longest
+    right = {**whole["base"], first: {**whole["base"][first], "score": 1.0}}
+    (folders["base"] / "answers.json").write_text(json.dumps(right))
     run(monkeypatch, "context.py", "merge", *words_of({**settings, "output": tmp_path / "out.json"}))
     result = json.loads((tmp_path / "out.json").read_text())
     assert [cell["n"] for cell in result["tasks"]["lines"]["cells"] if cell["depth"] is None] == [2, 2, 2, 2]
     assert result["training"][f"lines, {systems[1]}"]["samples"] == 2
-    assert "| base | " in capsys.readouterr().out
+    assert "| base | 0.00 | 0.50 |" in capsys.readouterr().out
+    result["training"][f"lines, {systems[1]}"]["peak_memory_bytes"] = 2e9  # of a GPU
+    (shown,) = filled("results/context-smollm2.json", result)
+    assert "| base | 0.00 (0.00 to 0.66) | 0.50 (0.09 to 0.91) |" in shown
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 

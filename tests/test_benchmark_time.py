@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from pages import filled
 from seal_peft.data import read_samples
 from stages import save_model
 
@@ -24,7 +25,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
 
         folder = tmp_path_factory.mktemp("tta")
         options = {"model": str(save_model(folder / "model")), "work": str(folder / "work"), "size": "tiny"}
-        numbers = {"num_samples": 2, "points": POINTS, "batch_size": 2, "until": float("inf")}
+        numbers = {"num_samples": 2, "points": POINTS, "batch_tokens": 2500, "until": float("inf")}
         patch.setitem(script.METHODS, "seal-c", (*script.METHODS["seal-c"][:2], (0.1, 0.2)))
         script.SIZES["tiny"] = replace(script.SIZES["tiny"], contexts=2, full=2, long=1)
         made = script.Bench(argparse.Namespace(**options, **numbers, systems=SYSTEMS, output=folder / "out.json"))
@@ -47,6 +48,8 @@ def test_tokens_and_points_are_those_of_the_training(bench):
         assert run["points"][0]["seconds"] == run["points"][0]["tokens"] * entry["seconds_per_token"]
         assert entry["rate"] == float(min(entry["search"], key=lambda rate: entry["search"][rate]))
         assert len(entry["search"]) == 2
+    main, knobs = filled("results/time-to-accuracy.json", result)
+    assert "| seal-c | 96 |" in main
     assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
 
 
@@ -67,9 +70,9 @@ def test_a_second_call_finds_everything_done(bench, monkeypatch):
     script, made = bench
     monkeypatch.setattr(script, "load_model", None)  # nothing may load one
     for phase in ("timing", "search", "final"):
-        assert all(map(made.finished, made.jobs(phase)))
-        made.work(phase)
-    assert not any(map(made.finished, made.jobs("knobs")))
+        assert not made.left(phase)
+        assert made.work(phase)
+    assert len(made.left("knobs")) == len(script.KNOBS)
 
 
 def test_the_other_wording_keeps_keys_and_numbers_and_nothing_else(bench):

@@ -22,14 +22,17 @@ import models
 import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
 from seal_peft import SealConfig, assets
-from seal_peft.data import prompt_hash, read_samples, write_samples
+from seal_peft.data import make_samples, prompt_hash, read_samples, write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
 from seal_peft.files import write_json
+from seal_peft.generation import generate_answers
 from seal_peft.loading import check_adapter, load_adapter, load_model, unload_adapter
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.predictions import identity
+from seal_peft.report import ReportArguments, report
 from seal_peft.systems import name_systems
 from seal_peft.tasks import haystacks
+from seal_peft.tasks import metrics as score
 from stages import WINDOW, error_of, python, save_model, save_samples, seal, some_samples
 
 ADAPTERS = {
@@ -132,6 +135,25 @@ def test_answers_are_those_of_plain_greedy_generation(house: Path, everyone: Pat
         assert answers_of(everyone)["seal", sample.id] == answer
 
 
+def test_needles_are_scored_by_the_rule_of_other_publications_too(own_house: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(own_house / "model")
+    made = make_samples("needle_noise", tokenizer=tokenizer, split="test", lengths=[500], num_samples=4)
+    write_samples(own_house / "test.jsonl", [*some_samples("test", num_samples=1), *made])
+    evaluate_in(own_house, tmp_path)
+    rows = rows_of(tmp_path)
+    mine = [row for row in rows if row["task"] == "needle_noise" and row["system"] == "seal"]
+    assert [row["word_recall"] for row in mine] == [score.word_recall(row["answer"], row["answers"]) for row in mine]
+    # A tiny model finds nothing, so one finished answer is made a good one.
+    mine[1]["word_recall"] = 0.5
+    (tmp_path / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    metrics = evaluate_in(own_house, tmp_path)
+    assert list(metrics["more_scores"]) == ["needle_noise"]
+    found = metrics["more_scores"]["needle_noise"]["word_recall"]["seal"]
+    assert (found["n"], found["accuracy"], found["difference_to_base"]["mean"]) == (4, 0.125, 0.125)
+    text = report(ReportArguments(str(tmp_path / "report"), str(tmp_path / "metrics.json"))).read_text()
+    assert "`needle_noise` by `word_recall`, for comparison:\n\n| system |" in text
+
+
 @pytest.mark.parametrize("batch_size", [1, 4])
 def test_the_batch_size_changes_no_answer(house: Path, everyone: Path, tmp_path: Path, batch_size: int) -> None:
     evaluate_in(house, tmp_path, per_device_eval_batch_size=batch_size)
@@ -153,7 +175,7 @@ def test_an_adapter_taken_off_leaves_the_base_bit_for_bit(house: Path, name: str
 
 
 def test_finished_answers_are_kept_and_only_missing_ones_are_made(
-    house: Path, own_house: Path, tmp_path: Path
+    house: Path, own_house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     evaluate_in(house, tmp_path / "straight", per_device_eval_batch_size=2)
     evaluate_in(own_house, tmp_path / "again", (), per_device_eval_batch_size=2)
@@ -162,7 +184,16 @@ def test_finished_answers_are_kept_and_only_missing_ones_are_made(
     marked = [line.replace(b'"answer": "', b'"answer": "made by the first call ') for line in rows[:3]]
     # The third row is one of a batch of two, and a kill left half of the fourth, in the middle of a character.
     path.write_bytes(b"".join(marked) + '{"system": "base", "answer": "日'.encode()[:-1])
+    together: list[int] = []
+
+    def noting(model: Any, tokenizer: Any, prompts: list, *rest: Any) -> list[str]:
+        together.append(len(prompts))
+        return generate_answers(model, tokenizer, prompts, *rest)
+
+    monkeypatch.setattr("seal_peft.evaluate.generate_answers", noting)
     evaluate_in(own_house, tmp_path / "again", per_device_eval_batch_size=2)
+    # Who shares a batch may change an answer in bfloat16, so the half-finished batch is generated whole.
+    assert together == [2] * (2 + 3)
     kept = [answer for answer in answers_of(tmp_path / "again").values() if answer.startswith("made by the first")]
     assert len(kept) == 3
     straight = answers_of(tmp_path / "straight")
@@ -398,10 +429,35 @@ def test_a_cut_off_or_broken_adapter_is_found_before_the_model_is_loaded(refused
 
 def test_what_is_no_adapter_is_refused_by_name(refused, own_house: Path) -> None:
     assert "is not an adapter: give a folder that holds" in refused("--adapters", own_house / "model")
-    assert "runs/no/such/adapter' is not an adapter" in refused("--adapters", "runs/no/such/adapter")
+    assert "There is no folder 'runs/no/such/adapter'. Give" in refused("--adapters", "runs/no/such/adapter")
+    assert "is an adapter, not a model" in refused("--models", own_house / "seal")
+    complaint = refused("--adapters", "mine=typo/adapter")
+    assert (
+        "There is no folder 'typo/adapter', and the Hub, where it was looked up, refused or did not answer"
+        in complaint
+    )
     config = own_house / "seal" / "adapter_config.json"
     config.write_text(config.read_text().replace('"SEAL"', '"WALRUS"'))
     assert "method 'WALRUS', which this PEFT does not know" in refused("--adapters", own_house / "seal")
+
+
+def test_training_and_evaluation_do_not_mix_their_files(
+    own_house: Path, everyone: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (own_house / "model" / "model.safetensors").unlink()
+    (own_house / "killed" / "checkpoint-3").mkdir(parents=True)
+    base = ["--model_name_or_path", own_house / "model", "--output_dir"]
+    train = ["--train_file", save_samples(own_house / "train.jsonl", num_samples=1), "--overwrite_output_dir"]
+    for folder, held in (("seal", "adapter_config.json"), ("killed", "checkpoint-3"), ("merged", "config.json")):
+        assert seal("evaluate", *base, own_house / folder, "--test_file", own_house / "test.jsonl") == 1
+        assert re.search(rf"/{folder} holds what `seal-peft \w+` writes \({held}.* Choose an", error_of(capsys))
+    before = answers_of(everyone)
+    for folder, held in ((everyone, "metrics.json, predictions.jsonl"), (own_house / "merged", "config.json")):
+        assert seal("train", *base, folder, *train) == 1
+        assert f"{folder} holds what `seal-peft " in (complaint := error_of(capsys))
+        assert f"({held}" in complaint
+    assert answers_of(everyone) == before
+    assert not (everyone / "unfinished.json").exists()
 
 
 def test_a_path_may_hold_the_sign_that_ends_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +536,7 @@ def test_a_row_that_cannot_be_scored_is_named_by_line_and_field(refused, own_hou
     assert "broken.jsonl, line 2: Field 'task': There is no task 'chess'" in refused(test_file=broken)
     row = {**json.loads(rows[1]), "answers": ["landlord"]}
     broken.write_text(rows[0] + json.dumps(row) + "\n")
-    assert "broken.jsonl, line 2: Field 'answers': " in refused(test_file=broken)
+    assert "broken.jsonl, line 2: Field 'answers': the rule of 'lines' cannot read" in refused(test_file=broken)
     broken.write_text(rows[0] + rows[1][:50] + "\n")
     assert "broken.jsonl, line 2: The row is not JSON (" in refused(test_file=broken)
     broken.write_text(rows[0] + json.dumps({**row, "depth": 7}) + "\n")

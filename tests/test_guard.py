@@ -27,6 +27,7 @@ def test_a_passage_holds_its_answer_and_fills_a_short_length() -> None:
     for sample in make_samples("guard_qa", tokenizer=TOKENIZER, split="test", lengths=[300, 500], num_samples=5):
         passage = sample.messages[0]["content"].rpartition("\nQuestion:")[0]
         assert all(answer in passage for answer in sample.answers)
+        assert sample.depth is None  # which paragraphs an article has around it is not ours to choose
         assert 0.97 * sample.length <= sample.n_tokens <= sample.length
         assert TASKS["guard_qa"].score(sample.target.removeprefix("Answer:"), sample.answers) == 1.0
 

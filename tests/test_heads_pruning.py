@@ -9,7 +9,7 @@ import models
 from head_samples import logprob, prune_slowly, sample, some_rows
 from models import ARCHITECTURES, base_model
 from seal_peft import SealConfig, add_beside
-from seal_peft.heads import find_heads, head_name, parse_head, prune_channels, pruning_map, without_head
+from seal_peft.heads import find_heads, head_name, kernels, parse_head, prune_channels, pruning_map, without_head
 from seal_peft.heads.inputs import collate, score_logits
 from seal_peft.heads.layers import scoring
 from seal_peft.heads.pruning import head_means
@@ -124,24 +124,33 @@ def test_ends_are_padded_to_large_products_and_never_past_the_positions_of_the_m
     assert widths == [length // 2, length - 14 + 1, length - 14]
 
 
-def test_attention_takes_one_kernel_for_a_text_and_for_its_end() -> None:
+def test_attention_takes_one_kernel_for_a_text_and_for_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention.bias import CausalBias
+    from torch.nn.functional import scaled_dot_product_attention
+    from transformers.integrations import sdpa_attention
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-    plain, masks = ALL_ATTENTION_FUNCTIONS["sdpa"], []
+    masks, calls = [], []
 
     def watched(module, query, key, value, attention_mask, **kwargs):
         masks.append(attention_mask)
-        return plain(module, query, key, value, attention_mask, **kwargs)
+        return sdpa_attention.sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
 
-    ALL_ATTENTION_FUNCTIONS["sdpa"] = watched
-    try:
-        pruning_map(find_heads(base_model("llama")), ROWS[:2])
-        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is watched
-    finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]
-    assert {type(mask) for mask in masks} == {type(None), CausalBias}
+    def called(query, key, value, attn_mask, **kwargs):
+        calls.append((type(attn_mask), query.shape[1], key.shape[1], kwargs["enable_gqa"]))
+        return scaled_dot_product_attention(query, key, value, attn_mask, **kwargs)
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", watched)
+    monkeypatch.setattr(kernels, "scaled_dot_product_attention", called)
+    pruning_map(find_heads(base_model("llama")), ROWS[:2])
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is watched
+    assert set(masks) == {None}
+    assert set(calls) == {(CausalBias, 4, 2, True)}  # two heads share keys and values, which nobody repeats
     assert torch.backends.cuda.cudnn_sdp_enabled()
+    calls.clear()
+    pruning_map(find_heads(base_model("deepseek_v3")), ROWS[:2])  # its keys are wider than its values
+    assert not calls
+    assert {type(mask) for mask in masks} == {type(None), CausalBias}
 
 
 def test_the_result_does_not_depend_on_the_size_of_a_batch() -> None:
@@ -267,7 +276,7 @@ def test_what_has_no_meaning_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="T5ForConditionalGeneration is not a decoder-only model"):
         find_heads(tf.T5ForConditionalGeneration(t5))
     bert = tf.BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
-    with pytest.raises(ValueError, match="does not know where the attention heads of model type 'bert' are"):
+    with pytest.raises(ValueError, match="BertForMaskedLM is not a decoder-only model"):
         find_heads(tf.BertForMaskedLM(bert))
 
 

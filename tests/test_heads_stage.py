@@ -38,7 +38,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-FULL = ["--ablations", "zero", "mean", "--channels_of", "L0H1", "--generate_heads", 1, "--quadrants", "Q1=0.9,Q3=1.1"]
+FULL = ["--scores", "pruning", "gradient", "retrieval", "direct_effect"]  # in an order that is not the default
+FULL += ["--ablations", "zero", "mean", "--channels_of", "L0H1", "--generate_heads", 1, "--quadrants", "Q1=0.9,Q3=1.1"]
 
 
 def run(folder: Path, *words: object, out: str = "out") -> int:
@@ -151,7 +152,7 @@ def test_the_adapted_model_can_be_scored_in_place_of_the_base(house: Path) -> No
         (["--quadrants", "Q9=2"], "Write Q1=0.9,Q3=1.1"),
         (["--channels_of", "L7H0"], "The model has no head 'L7H0'"),
         (["--apply_adapter"], "--apply_adapter needs an --adapter"),
-        (["--adapter", "nowhere"], "'nowhere' is not an adapter"),
+        (["--adapter", "nowhere"], "There is no folder 'nowhere', and the Hub"),
         (["--generate_heads", "-1"], "--generate_heads -1 --batch_tokens"),
         (["--dtype", "int8"], "dtype"),
     ],

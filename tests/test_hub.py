@@ -20,6 +20,7 @@ import seal_peft
 from hub_stub import TOKEN, Fault, Hub, running_hub
 from seal_peft import SealConfig, hub
 from seal_peft.files import write_json
+from seal_peft.loading import load_config, read_adapter
 from stages import error_of, python, save_model, save_samples, seal
 
 REPO = "me/my-adapter"
@@ -160,6 +161,24 @@ def test_pefts_own_push_sends_our_card_and_no_local_folder(house: Path, adapter:
     online.files(REPO)["README.md"] = b"# My own\n"
     model.push_to_hub(REPO)
     assert card_of(online).text.strip() == "# My own"
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in someone/tiny:UserWarning")
+def test_a_mistyped_folder_costs_one_question_to_the_hub_and_is_called_a_folder(adapter: Path, online: Hub) -> None:
+    push(adapter)
+    assert read_adapter(REPO).base_model_name_or_path == "someone/tiny"
+    for read, file in ((read_adapter, "adapter_config.json"), (load_config, "config.json")):
+        online.requests.clear()
+        with pytest.raises(
+            (ValueError, OSError), match=f"There is no folder 'runs/typo', and the Hub.* no such {file}"
+        ):
+            read("runs/typo")
+        online.faults.append(Fault(f"HEAD /runs/typo/.*{file}"))
+        with pytest.raises(
+            (ValueError, OSError), match="There is no folder 'runs/typo', and the Hub.* refused or did not answer"
+        ):
+            read("runs/typo")
+        assert online.requests == [f"HEAD /runs/typo/resolve/main/{file}"] * 2
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in someone/tiny:UserWarning")

@@ -16,7 +16,9 @@ from peft import (
     PeftModel,
     PeftType,
     get_peft_model,
+    get_peft_model_state_dict,
     inject_adapter_in_model,
+    set_peft_model_state_dict,
 )
 from torch import nn
 from torch.testing import assert_close
@@ -79,6 +81,18 @@ def test_an_adapter_can_be_injected_without_a_wrapper():
     model = inject_adapter_in_model(SealConfig(), base_model("llama"))
     draw_scales(model)
     assert torch.equal(logits(model), logits(adapted("llama")))
+
+
+@pytest.mark.parametrize("sites", [("output",), ("output", "query")])
+def test_an_adapter_can_be_injected_by_the_layers_of_a_state_dict(sites):
+    source = inject_adapter_in_model(SealConfig(sites=sites, layers_to_transform=[1]), base_model("llama"))
+    draw_scales(source)
+    state = get_peft_model_state_dict(source)
+    with pytest.warns(RuntimeWarning, match="inconsistency.*additional target modules"):  # as for every method
+        model = inject_adapter_in_model(SealConfig(sites=sites), base_model("llama"), state_dict=state)
+    assert not set_peft_model_state_dict(model, state).unexpected_keys
+    assert seal_layers(model).keys() == seal_layers(source).keys()
+    assert torch.equal(logits(model), logits(source))
 
 
 @pytest.mark.parametrize(
@@ -421,6 +435,9 @@ def test_offsets_take_the_dtype_of_the_base_where_that_is_asked_for():
 
 def test_a_whole_model_can_be_cast():
     model = adapted("llama").to(torch.bfloat16)
+    for layer in seal_layers(model).values():  # bf16 is coarser near 1 than near 0
+        scale, offset = layer.seal_delta["default"](1.0), layer.seal_delta["default"].weight
+        assert offset.dtype == torch.bfloat16 and torch.equal(scale.squeeze(-1), 1 + offset.float())
     assert logits(model).dtype == torch.bfloat16
     assert_close(logits(model).float(), logits(adapted("llama")), rtol=0, atol=0.3)
 

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import matplotlib.image
 import pytest
 import torch
 
@@ -48,7 +49,7 @@ def test_the_tables_hold_the_numbers_of_the_metrics(metrics_file: Path, tmp_path
     text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(metrics_file))).read_text()
     systems = json.loads(metrics_file.read_text())["systems"]
     header, _, base, adapter = table(text, "system")
-    assert header == ["system", "score", "95% interval", "samples", "difference to base", "p"]
+    assert header == ["system", "score", "95% interval", "samples", "difference to base (95% interval)", "p"]
     assert base == ["base", "0.250", f"{systems['base']['low']:.3f} to {systems['base']['high']:.3f}", "4", "", ""]
     assert adapter[:2] == ["adapter", "0.750"]
     assert adapter[4].startswith("+0.500 (")
@@ -68,6 +69,12 @@ def grid_metrics(**more) -> dict:
     scores = {"base": [0.0, 1.0, 1.0, 1.0, 0.0, 0.0, 1.0, 0.0], "adapter": [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0]}
     facts = {"device": "CPU", "versions": {"torch": "2.13.0"}, "commit": "abc", "date": "2026-11-23"}
     return {**summarise(samples, scores, "base"), **facts, **more}
+
+
+def share_of_grey(path: Path) -> float:
+    """Share of a picture that has the grey of the hatched fields."""
+    colours = matplotlib.image.imread(path)[..., :3]
+    return float((abs(colours - 0xDD / 255) < 1e-3).all(-1).mean())
 
 
 def test_maps_show_every_system_and_its_difference_to_the_base(tmp_path: Path) -> None:
@@ -94,6 +101,9 @@ def test_a_map_has_no_difference_without_a_base_and_no_number_where_nothing_was_
     numbers = json.loads((tmp_path / "map.json").read_text())
     assert numbers["scores"] == {"adapter": [[1.0, 1.0], [None, 0.5]]}
     assert numbers["differences"] == {}
+    # White is a difference of 0, so what was not asked has a colour that no score has.
+    plot_depths(grid_metrics(), "needle", tmp_path / "full.png")
+    assert share_of_grey(tmp_path / "map.png") > 0.02 > share_of_grey(tmp_path / "full.png")
 
 
 def test_lines_have_the_intervals_of_the_metrics(tmp_path: Path) -> None:
@@ -116,14 +126,19 @@ def test_the_report_shows_pictures_effective_lengths_guard_and_wording(
         wording={"needle": ["own"]},
         haystack={"needle": ["nvidia", "own"]},
         windows={"base": 512, "adapter": None},
-        arguments={"model_name_or_path": "my/model", "test_file": "test.jsonl"},
+        arguments={
+            "model_name_or_path": "my/model",
+            "test_file": "test.jsonl",
+            "adapters": ["a=x", "y"],
+            "models": [],
+        },
     )
     write_json(tmp_path / "metrics.json", metrics)
     text = report(ReportArguments(str(tmp_path / "out"), metrics_file=str(tmp_path / "metrics.json"))).read_text()
     for name in ("needle-lengths", "needle-depths"):
         assert f"({name}.png)" in text
         assert {path.suffix for path in (tmp_path / "out").glob(f"{name}.*")} == {".png", ".json"}
-    assert "Model: `my/model`\n\nSamples: `test.jsonl`" in text
+    assert "Model: `my/model`\n\nAdapters: `a=x`, `y`\n\nSamples: `test.jsonl`" in text
     assert table(text, "task")[2:] == [
         ["needle (own wording)", "512", "4", "0.750 (0.30 to 0.95)", "0.750 (0.30 to 0.95)"],
         ["needle (own wording)", "1024", "4", "0.250\\* (0.05 to 0.70)", "0.750 (0.30 to 0.95)"],

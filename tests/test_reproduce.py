@@ -50,6 +50,7 @@ def result_of(folder: Path):
 def test_the_results_are_means_over_seeds_with_what_it_took(done) -> None:
     folder, _ = done
     result = result_of(folder)
+    assert {"command", "random_seeds", "versions", "device", "commit", "date"} <= result.keys()
     assert list(result["systems"]) == ["base", "seal-h", "lora"]
     for name, own in result["systems"].items():
         seeds = [value["accuracy"] for key, value in result["seeds"].items() if key.partition("@")[0] == name]
@@ -119,6 +120,12 @@ def test_every_row_of_the_table_names_what_there_is(name: str) -> None:
     folders = [stage._Run(name, part, arguments).adapter(t, 0).name for t in part.trainings.values()]
     assert len(set(folders)) == len(folders)
     assert max(shrunk(part).test.lengths) <= 2048
+
+
+def test_prompts_of_32k_tokens_are_generated_one_by_one() -> None:
+    sizes = {name: part.test.together(8) for name, part in PARTS.items()}
+    assert sizes.pop("extension") == 1
+    assert set(sizes.values()) == {8}
 
 
 def test_parts_share_the_adapters_of_lines() -> None:

@@ -1,16 +1,13 @@
 """Figures in README and docs are those of the files in results/, to the last digit."""
 
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
+from pages import render
+
 ROOT = Path(__file__).parents[1]
-_spec = importlib.util.spec_from_file_location("render", ROOT / "results" / "render.py")
-assert _spec and _spec.loader
-render = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(render)
 JINJA = render.environment()
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in render.PAGES}
 

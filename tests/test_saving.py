@@ -90,7 +90,7 @@ def test_the_crash_test_would_save_if_nothing_killed_it(tmp_path):
     assert torch.equal(reads_as(tmp_path), logits(model))
 
 
-@pytest.mark.parametrize("step", ["write", "half"])
+@pytest.mark.parametrize("step", ["write", "half", "replace-1", "replace-2"])
 def test_a_killed_save_into_a_new_folder_leaves_no_adapter(step, tmp_path):
     folder = tmp_path / "new"
     killed_save(folder, step, "head")

@@ -80,6 +80,21 @@ def test_beside_an_adapter_of_all_heads_each_keeps_its_own() -> None:
     assert model.peft_config["sum"].target_heads is None
 
 
+def test_whoever_writes_to_all_heads_changes_those_that_were_chosen_and_all_readers_agree(tmp_path: Path) -> None:
+    model = get_peft_model(base_model("llama"), SealConfig(target_heads=CHOSEN))
+    models.draw_scales(model)
+    expected = models.logits(model)
+    (found,) = scales(model).values()
+    assert (found[[1, 2]] == 1).all() and (found[[0, 3]] != 1).all()
+    model.save_pretrained(tmp_path / "saved")
+    assert torch.equal(scales(tmp_path / "saved")[NAME], found)
+    ia3 = PeftModel.from_pretrained(base_model("llama"), export_ia3(model, tmp_path / "ia3"))
+    torch.testing.assert_close(models.logits(ia3), expected, rtol=0, atol=1e-5)
+    model.add_weighted_adapter(["default"], [1.0], "same")
+    model.set_adapter("same")
+    assert torch.equal(models.logits(model), expected)
+
+
 def test_scales_of_a_map_are_where_training_starts(tmp_path: Path) -> None:
     chosen = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.9, 1.0, 1.0, 1.2]])
     save_head_scales(find_heads(base_model("llama")), chosen, tmp_path)

@@ -84,7 +84,7 @@ def test_it_starts_from_the_scales_of_another_adapter(
     assert "granularity must be the same" in error_of(capsys)
     words[words.index(tmp_path / "chosen")] = tmp_path / "nowhere"
     assert seal(*words, "--output_dir", tmp_path / "no") == 1
-    assert "is not an adapter" in error_of(capsys)
+    assert "There is no folder" in error_of(capsys)
     assert not (tmp_path / "no").exists()
 
 

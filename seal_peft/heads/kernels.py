@@ -14,11 +14,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 # Without cuDNN's, which torch prefers on some GPUs: it has no kernel for the end of a text behind a cached beginning.
 _KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# Channels of a head, beyond which the flash kernels do not go.
+_WIDEST = 256
 _MARK = "_is_causal_to_the_end"
 
 
@@ -46,6 +49,11 @@ def one_attention_kernel() -> Iterator[None]:
         # A mask that the model changed has lost its mark, and is used as it is.
         if getattr(attention_mask, _MARK, False):
             attention_mask = causal_lower_right(query.shape[2], key.shape[2])
+            # Beside a mask transformers repeats keys and values that several heads share, and another kernel runs.
+            if key.shape[-1] == value.shape[-1] <= _WIDEST and kwargs.get("position_bias") is None:
+                scale = kwargs.get("scaling")
+                heads = scaled_dot_product_attention(query, key, value, attention_mask, scale=scale, enable_gqa=True)
+                return heads.transpose(1, 2).contiguous(), None
         return attend(module, query, key, value, attention_mask, **kwargs)
 
     with sdpa_kernel(_KERNELS), _in_place_of(ALL_MASK_ATTENTION_FUNCTIONS, marked):

@@ -24,6 +24,19 @@ MEANING = {
     "scale": "learned scale of the head's output, mean over channels; 1 is unchanged",
     "scale_query": "learned scale of the head's query; 1 is unchanged",
 }
+# What stands at the colours of a picture; red are the greater values.
+LABELS = {
+    "gradient": "dL/ds in nats\n(red: better without the head)",
+    "gradient_query": "dL/ds in nats\n(red: better with flatter attention)",
+    "pruning_zero": "change of log-probability, nats\n(red: better without the head)",
+    "pruning_mean": "change of log-probability, nats\n(red: better without the head)",
+    "retrieval_copy": "share of the answer's tokens",
+    "retrieval_mass": "share of attention",
+    "direct_logit": "logit\n(red: towards the answer)",
+    "direct_difference": "difference of logits\n(red: towards the answer)",
+    "scale": "scale\n(red: emphasised, blue: muted)",
+    "scale_query": "scale\n(red: sharper attention, blue: flatter)",
+}
 
 Summary = dict[str, Any]
 

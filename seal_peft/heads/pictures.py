@@ -10,18 +10,20 @@ from torch import Tensor
 
 from ..plots import new_figure
 from .layers import Heads, head_name
+from .maps import LABELS
 
 # Beyond this share of the fields a colour is full: one outlier must not leave all others grey.
 _FULL_COLOUR = 0.99
 _LABELLED = 8
 _QUADRANT_COLOURS = {1: "#D55E00", 2: "#999999", 3: "#0072B2", 4: "#999999", 0: "#999999"}
+_QUADRANTS = {1: "helps at both", 2: "helps at the longer", 3: "hurts at both", 4: "helps at the shorter"}
 
 
 def draw_maps(maps: Mapping[str, Mapping[int, Tensor]], heads: Heads, path: Path, centre: float | None = 0.0) -> Path:
     """Draw maps as layers x heads: one row per map, one column per length.
 
     Args:
-        maps: `(layers, heads)` by title and length; length 0 stands for none.
+        maps: `(layers, heads)` by title and length; length 0 stands for none. Heads that are NaN stay grey.
         heads: The heads of the model.
         path: PNG file to write.
         centre: Value that is white, colours diverging from it; `None` for maps that start at 0.
@@ -39,14 +41,17 @@ def draw_maps(maps: Mapping[str, Mapping[int, Tensor]], heads: Heads, path: Path
         limits = (0.0, reach) if centre is None else (centre - reach, centre + reach)
         colours = "viridis" if centre is None else "RdBu_r"
         for axes, (length, values) in zip(row, by_length.items(), strict=False):
+            axes.set_facecolor("#bbbbbb")  # no such head; white is a value
             image = axes.imshow(values.tolist(), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
-            axes.set_title(f"{title}, {length:,} tokens" if length else title, fontsize=10)
+            axes.set_title(f"{title}\n{length:,} tokens" if length else title, fontsize=10)
             axes.set(xlabel="head", ylabel="layer")
             step = max(1, layers // 16)
             axes.set_yticks(range(0, layers, step), [str(layer.number) for layer in heads.layers[::step]])
         for axes in row[len(by_length) :]:
             axes.set_visible(False)
-        figure.colorbar(image, ax=list(row), shrink=0.8, extend="max" if centre is None else "both")
+        label = LABELS.get(title.removesuffix("_adapter"))
+        bar = figure.colorbar(image, ax=list(row), shrink=0.8, extend="max" if centre is None else "both")
+        bar.set_label(label or "", fontsize=8)
     return _save(figure, path)
 
 
@@ -65,12 +70,12 @@ def draw_quadrants(maps: Mapping[int, Tensor], found: Tensor, heads: Heads, path
     (shorter, x), (longer, y) = maps.items()
     figure = new_figure(6, 5.5)
     axes = figure.subplots()
-    for number in (0, 2, 4, 3, 1):
+    for number in (0, 1, 2, 3, 4):
         chosen = found == number
         if chosen.any():
-            label = f"Q{number}: {int(chosen.sum())}" if number else None
+            label = f"Q{number}, {_QUADRANTS[number]}: {int(chosen.sum())}" if number else None
             places = x[chosen].tolist(), y[chosen].tolist()
-            axes.scatter(*places, s=14, color=_QUADRANT_COLOURS[number], label=label, alpha=0.8)
+            axes.scatter(*places, s=14, color=_QUADRANT_COLOURS[number], label=label, alpha=0.8, zorder=2 + number % 2)
     distance = (x.square() + y.square()).nan_to_num(nan=-1.0).flatten()
     for i in distance.argsort(descending=True)[:_LABELLED].tolist():
         layer, head = divmod(i, x.shape[1])
@@ -80,9 +85,9 @@ def draw_quadrants(maps: Mapping[int, Tensor], found: Tensor, heads: Heads, path
     axes.margins(0.1)
     axes.axhline(0, color="#999999", linewidth=0.8)
     axes.axvline(0, color="#999999", linewidth=0.8)
-    axes.set(xlabel=f"change at {shorter:,} tokens", ylabel=f"change at {longer:,} tokens")
+    axes.set(xlabel=f"change at {shorter:,} tokens, nats", ylabel=f"change at {longer:,} tokens, nats")
     axes.set_title("Log-probability of the answer when a head is pruned\nabove 0: pruning helps", fontsize=10)
-    axes.legend(fontsize=8, frameon=False, title="heads")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False, title="What pruning the head does")
     return _save(figure, path)
 
 
@@ -90,7 +95,7 @@ def draw_channels(channels: Mapping[str, Mapping[str, Tensor]], path: Path) -> P
     """Draw the channels of some heads: exact pruning as bars, the gradient's estimate as points.
 
     Args:
-        channels: By name of the head, `pruning` and `gradient`, `(head_dim,)` each.
+        channels: By name of the head `pruning`, and `gradient` if it is known, `(head_dim,)` each.
         path: PNG file to write.
 
     Raises:
@@ -100,10 +105,11 @@ def draw_channels(channels: Mapping[str, Mapping[str, Tensor]], path: Path) -> P
     for axes, (name, own) in zip(figure.subplots(len(channels), squeeze=False)[:, 0], channels.items(), strict=True):
         places = range(len(own["pruning"]))
         axes.bar(places, own["pruning"].tolist(), color="#0072B2", label="pruned")
-        axes.plot(places, own["gradient"].tolist(), ".", color="#D55E00", label="by gradient")
+        if "gradient" in own:
+            axes.plot(places, own["gradient"].tolist(), ".", color="#D55E00", label="by gradient")
         axes.axhline(0, color="#999999", linewidth=0.8)
         axes.set_title(f"{name}: change of the answer's log-probability by channel", fontsize=10)
-        axes.set_xlabel("channel")
+        axes.set(xlabel="channel", ylabel="nats\n(above 0: better without)")
         axes.legend(fontsize=8, frameon=False)
     return _save(figure, path)
 

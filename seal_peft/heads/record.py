@@ -63,8 +63,6 @@ def write_score(
         drawn = {title: own for title, own in means.items() if (title in _SHARES) == shares and _is_main(title)}
         if drawn:
             draw_maps(drawn, heads, folder / f"{name}.png", None if shares else 0.0)
-    if record.get("channels") and (folder / CHANNELS).is_file():
-        _draw_channels(folder, record, heads)
     write_json(folder / f"{name}.json", record)  # last: it says that the rest is there
     return record
 
@@ -86,6 +84,7 @@ def write_comparison(
     write_json(folder / "heads.json", {"meaning": named, **comparison, **provenance()})
     if columns:
         draw_maps(columns, heads, folder / "scales.png", 1.0)
+    _draw_channels(folder, records, heads)
     return comparison
 
 
@@ -101,17 +100,17 @@ def _is_main(title: str) -> bool:
     return not title.endswith(("_tokens", "_exact"))
 
 
-def _draw_channels(folder: Path, record: Mapping[str, Any], heads: Heads) -> None:
-    gradients = load_file(folder / CHANNELS)
+def _draw_channels(folder: Path, records: Sequence[Mapping[str, Any]], heads: Heads) -> None:
+    """Draw what pruning single channels changes, beside their gradients if these were asked for, too."""
+    gradients = load_file(folder / CHANNELS) if any(record["score"] == "gradient" for record in records) else {}
     drawn: dict[str, dict[str, Tensor]] = {}
-    for name, by_length in record["channels"].items():
+    for name, by_length in (item for record in records for item in record.get("channels", {}).items()):
         layer, head = (int(number) for number in name[1:].split("H"))
         module = next(own.name for own in heads.layers if own.number == layer)
         for length, summary in by_length.items():
-            gradient = gradients.get(f"{length}.{module}")
-            if gradient is not None:
-                title = f"{name}, {int(length):,} tokens"
-                drawn[title] = {"pruning": torch.tensor(summary["mean"]), "gradient": gradient[head]}
+            own = drawn[f"{name}, {int(length):,} tokens"] = {"pruning": torch.tensor(summary["mean"])}
+            if (gradient := gradients.get(f"{length}.{module}")) is not None:
+                own["gradient"] = gradient[head]
     if drawn:
         draw_channels(drawn, folder / "channels.png")
 

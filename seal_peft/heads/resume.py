@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from ..tokens import IGNORED
+from .beginning import BeginningLayer, EnoughError, LastBeginningLayer, cache_of
 from .inputs import AnswerScore, EncodedSample, collate, score_logits
 from .layers import Heads
 
@@ -147,7 +147,7 @@ class _Shared:
         with _recording(heads) as self._start_record:
             self._read_layers = self._read(1)
         with _recording(heads) as self._end_record:
-            self.base = AnswerScore(*(value[0] for value in self._finish(self._read_layers, 0, variants)))
+            self.base = AnswerScore(*(value[0] for value in self._finish(self._read_layers, variants)))
         self._end_record.inputs[:] = [hidden[: self._samples].clone() for hidden in self._end_record.inputs]
 
     def _width(self, longest: int, variants: int) -> int:
@@ -173,24 +173,20 @@ class _Shared:
                 with _starting(self._heads, layer, self._start_record):
                     layers += self._read(variants)[number + 1 :]
             with _starting(self._heads, layer, self._end_record):
-                return self._finish(layers, number, variants)
+                return self._finish(layers, variants)
 
-    def _read(self, variants: int) -> list[Any]:
-        """Read the beginning, one row for every variant, and return what the cache holds of each layer."""
-        cache = DynamicCache()  # without a config no layer forgets what a sliding window has passed
+    def _read(self, variants: int) -> list[BeginningLayer]:
+        """Read the beginning, one row for every variant, and return keys and values of each layer."""
+        layers = [BeginningLayer() for _ in self._heads.blocks[1:]]
+        layers.append(LastBeginningLayer())
         start = self._start.expand(variants, -1)
-        with _stopping(self._heads.layers[-1].projection):
-            self._heads.model(input_ids=start, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return list(cache.layers)
+        with suppress(EnoughError):
+            self._heads.model(input_ids=start, past_key_values=cache_of(layers), use_cache=True, logits_to_keep=1)
+        return layers
 
-    def _finish(self, read: list[Any], first: int, variants: int) -> AnswerScore:
-        """Read the ends of all samples behind the cached beginning of every variant, from layer `first` on."""
-        cache = DynamicCache()
-        for index, layer in enumerate(read):
-            kept = [layer.keys, layer.values]
-            if index >= first:  # those below are not read, but a mask is made for their length
-                kept = [part.expand(variants, -1, -1, -1).repeat_interleave(self._samples, dim=0) for part in kept]
-            cache.update(*kept, index)
+    def _finish(self, read: list[BeginningLayer], variants: int) -> AnswerScore:
+        """Read the ends of all samples behind the cached beginning of every variant."""
+        cache = cache_of([layer.copy() for layer in read])
         batch = {"input_ids": self._ends.repeat(variants, 1), "past_key_values": cache, "use_cache": True}
         logits = self._heads.model(**batch, logits_to_keep=self._keep).logits
         scores = score_logits(logits, self._labels.repeat(variants, 1))
@@ -235,26 +231,6 @@ def _editing(projection: nn.Module, edit: Edit) -> Iterator[None]:
     handle = projection.register_forward_pre_hook(lambda module, args: (edit(args[0]), *args[1:]))
     try:
         yield
-    finally:
-        handle.remove()
-
-
-class _EnoughError(Exception):
-    """The model has read as far as anybody asks."""
-
-
-@contextmanager
-def _stopping(projection: nn.Module) -> Iterator[None]:
-    """Let the model run up to an output projection, when the keys and values of its layer are in the cache."""
-
-    def stop(module: nn.Module, args: Any) -> None:
-        raise _EnoughError
-
-    handle = projection.register_forward_pre_hook(stop)
-    try:
-        yield
-    except _EnoughError:
-        pass
     finally:
         handle.remove()
 

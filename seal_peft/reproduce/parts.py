@@ -48,6 +48,13 @@ class Data:
         depths = "" if self.depths is None else f"-{len(self.depths)}depths"
         return f"{'-'.join((*self.tasks, *map(str, self.lengths)))}-{self.samples}x{self.questions}{depths}"
 
+    def together(self, prompts: int) -> int:
+        """Return how many prompts are generated together, where so many of the greatest of `LENGTHS` are.
+
+        A batch of unequal prompts needs a mask of length times length for each of them.
+        """
+        return max(1, int(prompts * min(1.0, (LENGTHS[-1] / max(self.lengths)) ** 2)))
+
 
 @dataclass(frozen=True)
 class Training:

@@ -55,7 +55,7 @@ class ReproduceArguments:
         default="full", metadata={"help": "tiny: only to see that everything runs; its scores mean nothing."}
     )
     per_device_eval_batch_size: int = field(
-        default=8, metadata={"help": "Prompts of the greatest length generated together."}
+        default=8, metadata={"help": "Prompts of up to 8,192 tokens generated together; longer ones are fewer."}
     )
 
 
@@ -235,7 +235,7 @@ class _Run:
                 skip_base=BASE not in systems,
                 allow_beyond_window=True,
                 guard=self.part.guard,
-                per_device_eval_batch_size=self.arguments.per_device_eval_batch_size,
+                per_device_eval_batch_size=self.part.test.together(self.arguments.per_device_eval_batch_size),
             )
         )
 
@@ -258,6 +258,7 @@ class _Run:
             "about": self.part.about,
             "paper": self.part.paper,
             "settings": asdict(self.part),
+            "random_seeds": {"trainings and their samples": [*self.seeds], "test samples": 0, "samples of maps": 100},
             "trainings": {name: {key: run[key] for key in keys if key in run} for name, run in records.items()},
             **metrics,
         }

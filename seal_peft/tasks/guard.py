@@ -30,7 +30,8 @@ def make_qa(*, seed: int, size: int, depth: float, split: str, questions: int) -
     Args:
         seed: Decides everything random.
         size: Sentences of the article around the paragraph that holds the answer.
-        depth: Share of those sentences that stand before it, as far as there are so many.
+        depth: Share of those sentences that stand before it, as far as there are so many. The sample has none: an
+            article may have fewer, and where the answer stands in its paragraph is another matter.
         split: `"train"` or `"test"`; they share no articles.
         questions: 1.
 
@@ -56,7 +57,7 @@ def make_qa(*, seed: int, size: int, depth: float, split: str, questions: int) -
         id=f"{QA}-{split}-{seed}",
         task=QA,
         length=0,
-        depth=depth,
+        depth=None,
         messages=[{"role": "user", "content": _PASSAGE.format(passage=" ".join(passage), question=question.text)}],
         target=f"{_PREFIX} {question.answers[0]}",
         answers=list(question.answers),

@@ -155,7 +155,7 @@ def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Seque
     total = torch.zeros_like(target)
     for name, weight in zip(adapters, weights, strict=True):
         if name in layer.seal_delta:
-            offset = layer.offset(name)
+            offset = layer.values(name)
             total += weight * (offset if offset.dim() == target.dim() else offset.unsqueeze(-1))
     target.copy_(total)
 

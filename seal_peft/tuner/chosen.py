@@ -51,10 +51,21 @@ def check_chosen(config: SealConfig, found: Mapping[str, int]) -> None:
         found: Number of heads of each module that is adapted, by name.
 
     Raises:
-        ValueError: A chosen head is in none of them.
+        ValueError: A chosen head is in none of them, or the name of one is that of several, as where an encoder and a
+            decoder count their layers from 0.
     """
+    if config.target_heads is None:
+        return
+    modules: dict[str, str] = {}
+    for name in found:
+        parent = name.rpartition(".")[0]
+        if (other := modules.setdefault(_layer(name), parent)) != parent:
+            raise ValueError(
+                f"target_heads={config.target_heads} cannot tell the heads of {other} from those of {parent}: both "
+                f"begin with {_layer(name)}. Leave one of them out with `exclude_modules`, or take all heads."
+            )
     known = {f"{_layer(name)}{head}" for name, heads in found.items() for head in range(heads)}
-    missing = [head for head in config.target_heads or () if head not in known]
+    missing = [head for head in config.target_heads if head not in known]
     if missing:
         raise ValueError(
             f"target_heads names heads that the model does not have, or that other settings leave out: "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
 from torch import nn
@@ -22,10 +22,10 @@ class HeadGeometry(NamedTuple):
 
 
 # Projections that read the concatenated heads, by transformers model type. Suffixes are as long as it takes to leave
-# MLP projections of the same last name alone (`attn.c_proj` against `mlp.c_proj`).
+# MLP projections of the same last name alone (`attn.c_proj` against `mlp.c_proj`, BERT's two `output.dense`).
 TARGET_MODULES: dict[str, list[str]] = {
-    model_type: [suffix]
-    for suffix, model_types in {
+    model_type: suffixes.split()
+    for suffixes, model_types in {
         "self_attn.o_proj": (
             "afmoe apertus arcee bitnet cohere cohere2 cohere2_moe deepseek_v2 deepseek_v3 deepseek_v32 doge dots1 "
             "ernie4_5 ernie4_5_moe exaone4 flex_olmo gemma gemma2 gemma3_text gemma3n_text gemma4_text glm glm4 "
@@ -42,6 +42,15 @@ TARGET_MODULES: dict[str, list[str]] = {
         "attn.out_proj": "codegen gptj mpt",
         "attn.attention.out_proj": "gpt_neo",
         "attn.c_proj": "gpt2 gpt_bigcode",
+        # Encoders, then models of an encoder and a decoder, which attends to both.
+        "attention.output.dense": (
+            "bert camembert data2vec-text deberta deberta-v2 electra ernie megatron-bert roberta xlm-roberta "
+            "xlm-roberta-xl"
+        ),
+        "attention.out_lin": "distilbert",
+        "attn.Wo": "modernbert",
+        "self_attn.out_proj encoder_attn.out_proj": "bart blenderbot m2m_100 marian mbart pegasus plbart whisper",
+        "SelfAttention.o EncDecAttention.o": "mt5 t5 umt5",
     }.items()
     for model_type in model_types.split()
 }
@@ -80,6 +89,15 @@ def default_target_modules(model: nn.Module, model_config: dict[str, Any]) -> se
     return set(suffixes)
 
 
+def attention_of(model: nn.Module, name: str) -> nn.Module:
+    """Return the attention module whose heads a projection reads: its parent, or BERT's `self` beside its parent."""
+    parent, _, _ = name.rpartition(".")
+    if parent.endswith(".output"):
+        around = model.get_submodule(parent.removesuffix(".output"))
+        return cast(nn.Module, getattr(around, "self", model.get_submodule(parent)))
+    return model.get_submodule(parent)
+
+
 def head_geometry(
     attention: nn.Module, projection: nn.Module, name: str, num_attention_heads: int | None, head_dim: int | None
 ) -> HeadGeometry:
@@ -89,7 +107,7 @@ def head_geometry(
     decouple the head size from the hidden size, and layers of one model may differ.
 
     Args:
-        attention: The module that holds the projection.
+        attention: The attention module, see `attention_of`.
         projection: The output projection; its input is `(..., num_heads * head_dim)`.
         name: Full name of the projection, for messages.
         num_attention_heads: Number of heads given by the user; `None` to look it up.

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import SealConfig
-from .geometry import HeadGeometry, default_target_modules, head_geometry, is_linear
+from .geometry import HeadGeometry, attention_of, default_target_modules, head_geometry, is_linear
 from .layer import SealLayer
 from .saving import write_adapter
 from .scales import layers_with
-from .weights import checked_weights, take_settings
+from .weights import SCALES, checked_weights, take_settings
 
 _PREFIX = "base_model.model."
 _SEAL_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.seal_delta\.weight")
@@ -170,6 +170,7 @@ def _seal_in_model(model: Any, adapter_name: str) -> tuple[SealConfig, dict[str,
     state, _ = take_settings(get_peft_model_state_dict(model, adapter_name=adapter_name))
     # Models that got the adapter by transformers' own calls have no wrapper, and its files no prefix.
     state = {_PREFIX + name.removeprefix(_PREFIX): value for name, value in state.items()}
+    state |= {f"{_PREFIX}{name}{SCALES}": layer.values(adapter_name) for name, layer in layers.items()}
     return config, state, sizes, conv1d
 
 
@@ -231,7 +232,7 @@ def _projections(model: nn.Module) -> _Sizes:
     wanted = default_target_modules(model, config.to_dict() if config is not None else {})
     suffixes = tuple("." + name for name in wanted)
     return {
-        name: head_geometry(model.get_submodule(name.rpartition(".")[0]), module, name, None, None)
+        name: head_geometry(attention_of(model, name), module, name, None, None)
         for name, module in model.named_modules()
         if name in wanted or name.endswith(suffixes)
     }

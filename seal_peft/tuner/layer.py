@@ -135,6 +135,10 @@ class SealLayer(BaseTunerLayer):
         """Return the learned numbers of an adapter, `s - 1`, shape `(num_heads,)` or `(num_heads, head_dim)`."""
         return cast(ScaleOffset, self.seal_delta[adapter_name]).weight
 
+    def values(self, adapter_name: str) -> Tensor:
+        """Return what acts of `offset`: the same numbers, with 0 at heads that the adapter does not scale."""
+        return cast(ScaleOffset, self.seal_delta[adapter_name]).values()
+
 
 class Linear(nn.Module, SealLayer):
     """SEAL around a linear attention output projection: `nn.Linear`, GPT-2's `Conv1D`, or a quantised one."""

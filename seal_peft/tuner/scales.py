@@ -66,7 +66,7 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
 
 def _from_model(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     layers = layers_with(model, adapter_name)
-    return {name: 1 + layer.offset(adapter_name).detach().float().cpu() for name, layer in layers.items()}
+    return {name: 1 + layer.values(adapter_name).detach().float().cpu() for name, layer in layers.items()}
 
 
 def _from_folder(folder: Path) -> dict[str, Tensor]:

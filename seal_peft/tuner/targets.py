@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from .beside import seal_inside, tuner_layers
 from .chosen import check_chosen, chosen_heads
 from .config import SealConfig
-from .geometry import HeadGeometry, head_geometry
+from .geometry import HeadGeometry, attention_of, head_geometry
 from .queries import QUERY_NAMES, QueryLayout, query_layout, query_name
 
 # Attention projections whose input is the hidden state: their sizes often fit, their meaning does not.
@@ -141,7 +141,8 @@ def geometry_of(
             "scales on its input would do nothing. Leave it out with `exclude_modules`."
         )
     if not is_query(config, model, name):
-        return head_geometry(parent, target, name, config.num_attention_heads, config.head_dim), None
+        attention = attention_of(model, name)
+        return head_geometry(attention, target, name, config.num_attention_heads, config.head_dim), None
     num_heads = config.num_attention_heads
     for output in _outputs(config, model, name.rpartition(".")[0])[:1]:
         num_heads = geometry_of(config, model, model.get_submodule(output), output)[0].num_heads

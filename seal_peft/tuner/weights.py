@@ -42,7 +42,7 @@ _Value = TypeVar("_Value")
 
 
 def add_settings(weights: dict[str, Tensor], config: SealConfig, ending: str = SCALES) -> dict[str, Tensor]:
-    """Return weights with the settings among them; the config takes note of their fingerprint.
+    """Return weights as they act, with the settings among them; the config takes note of their fingerprint.
 
     Args:
         weights: What is about to be saved.
@@ -52,6 +52,7 @@ def add_settings(weights: dict[str, Tensor], config: SealConfig, ending: str = S
     first = next((name for name in weights if name.endswith(ending)), None)
     if first is None:
         return weights
+    weights = {name: only_chosen(config, name, t) if name.endswith(ending) else t for name, t in weights.items()}
     text = json.dumps({name: value for name, value in _settings(config).items() if value is not None}, sort_keys=True)
     packed = torch.frombuffer(bytearray(text, "utf-8"), dtype=torch.uint8)
     config.fingerprint = _fingerprint(packed)

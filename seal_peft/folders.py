@@ -1,0 +1,31 @@
+"""Whose an output folder is: no stage writes among the files of another."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+# By stage, what its folders hold, finished or not, as patterns.
+_FILES = {
+    "train": ("adapter_config.json", "run.json", "unfinished.json", "checkpoint-*"),
+    "evaluate": ("predictions*.jsonl", "metrics.json"),
+    "merge": ("config.json", "model*.safetensors"),
+}
+
+
+def check_output_folder(folder: Path, stage: str) -> None:
+    """Make sure that a stage may write into a folder.
+
+    Args:
+        folder: Need not exist.
+        stage: `train` or `evaluate`.
+
+    Raises:
+        ValueError: Another stage wrote into it; the message names what is there.
+    """
+    for other, patterns in _FILES.items():
+        found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
+        if found and other != stage:
+            raise ValueError(
+                f"{folder} holds what `seal-peft {other}` writes ({', '.join(found)}), and the two would mix. Choose "
+                f"another --output_dir for `seal-peft {stage}`, such as {folder.with_name(f'{folder.name}-{stage}')}."
+            )

@@ -1,0 +1,128 @@
+"""The benchmarks of sites and of steps run at a tiny size, share their jobs, stop in time, and fill their tables."""
+
+import json
+import os
+import runpy
+import shlex
+import signal
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from pages import filled
+from stages import save_model
+
+SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def jobs(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    import jobs
+
+    return jobs
+
+
+def test_no_job_begins_when_the_time_is_up_and_finished_ones_stay(tmp_path: Path, jobs) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    done = {first: first.touch, second: second.touch}
+    assert not jobs.do_jobs(done, until=time.time() - 1)
+    assert not first.exists()
+    assert jobs.do_jobs({first: first.touch})
+    assert not jobs.do_jobs(done, until=time.time() - 1)
+    assert jobs.do_jobs(done)
+
+
+def test_a_job_that_fails_keeps_nobody_from_the_others_and_fails_the_call(
+    tmp_path: Path, jobs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad, good = tmp_path / "bad", tmp_path / "good"
+    with pytest.raises(SystemExit, match="1 jobs failed, .*bad first"):
+        jobs.do_jobs({bad: lambda: 1 / 0, good: good.touch})
+    assert good.is_file()
+    assert "ZeroDivisionError" in capsys.readouterr().err
+
+
+def test_workers_are_spread_over_the_gpus_that_may_be_seen_and_a_failing_one_fails_the_call(
+    tmp_path: Path, jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys, pathlib\n"
+        "gpu = os.environ['CUDA_VISIBLE_DEVICES']\n"
+        "pathlib.Path(__file__).with_name(f'{gpu}-{os.getpid()}').touch()\n"
+        "sys.exit(sys.argv[1] == gpu)\n"
+    )
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
+    jobs.spread([str(script), "none"], 3)
+    assert sorted(path.name[0] for path in tmp_path.glob("[0-9]-*")) == ["3", "3", "5"]
+    with pytest.raises(SystemExit, match="1 of 2 workers failed; the same command goes on"):
+        jobs.spread([str(script), "5"], 2)
+
+
+def test_a_call_that_is_told_to_end_takes_its_workers_along(tmp_path: Path, jobs) -> None:
+    worker, started = tmp_path / "worker.py", tmp_path / "started"
+    worker.write_text(f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(60)\n")
+
+    def end() -> None:
+        while not started.is_file():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=end).start()
+    with pytest.raises(SystemExit) as ended:
+        jobs.spread([str(worker)], 1)
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert signal.getsignal(signal.SIGTERM) == before
+    with pytest.raises(ChildProcessError):  # it is dead, and nobody has to wait for it
+        os.waitpid(-1, os.WNOHANG)
+
+
+def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    sites = runpy.run_path(str(SCRIPTS / "sites.py"))
+    small = replace(sites["SETTINGS"]["tiny"], systems=("query", sites["GROWING"]), train_lengths=(384,), contexts=1)
+    monkeypatch.setitem(sites["SETTINGS"], "tiny", small)
+    words = f"--model {save_model(tmp_path / 'model')} --work {tmp_path / 'work'} --settings tiny --seeds 1"
+    words += f" --num_samples 1 --rates 0.1 --output {tmp_path / 'out.json'}"
+    # As a worker does them; then the call that brings them together, whose workers would find nothing to do.
+    monkeypatch.setitem(sites["run"].__globals__, "spread", lambda words, workers: None)
+    for verb in ("data", "work", "run"):
+        monkeypatch.setattr(sys, "argv", ["sites.py", verb, *shlex.split(words)])
+        sites["main"]()
+    result = json.loads((tmp_path / "out.json").read_text())
+    assert list(result["tiny"]["systems"]) == ["query", sites["GROWING"], "base"]
+    assert result["device"] == result["tiny"]["systems"]["query"]["runs"][0]["device"]
+    for name in ("native", "beyond", "ntk"):
+        (table,) = filled(f"results/sites-{name}.json", {**result, name: result["tiny"]})
+        assert "| query | 8 | 0.1 | 0.00 (0.00 to 0.79) |" in table
+    (tmp_path / "work" / "tiny" / "base-0-0" / "scores.json").unlink()
+    with pytest.raises(SystemExit, match="tiny: jobs are left; call this again to go on"):
+        sites["main"]()
+
+
+def test_the_benchmark_of_steps_adds_to_its_file_and_fills_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    sizes = ["--size", "tiny", "--repeats", "1", "--output", str(tmp_path / "step.json")]
+    for words in (
+        ["--parts", "rates", "systems", "--systems", "seal-c"],
+        ["--parts", "policies", "--policies", "fast"],
+    ):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "step.py"), "--tokens", "32", *words, *sizes])
+        runpy.run_path(str(SCRIPTS / "step.py"), run_name="__main__")
+    result = json.loads((tmp_path / "step.json").read_text())
+    assert list(result["results"]["32"]) == ["rates", "systems", "policies"]
+    assert [run["arguments"]["parts"] for run in result["runs"]] == [["rates", "systems"], ["policies"]]
+    for part in ("systems", "policies"):
+        for row in result["results"]["32"][part]["rows"].values():
+            row["peak_bytes"] = 2e9  # of a GPU
+    (table,) = filled("results/step-8b.json", result)
+    assert "| systems, 32 tokens |" in table
+    assert "| fast |" in table

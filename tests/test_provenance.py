@@ -1,0 +1,19 @@
+"""What results files say about where they come from."""
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+
+from seal_peft import provenance
+
+
+def test_a_copy_without_git_says_the_commit_that_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("copied", shutil.copy(provenance.__file__, tmp_path))
+    copied = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(copied)
+    monkeypatch.delenv("SEAL_PEFT_COMMIT", raising=False)
+    assert copied.provenance()["commit"] is None
+    monkeypatch.setenv("SEAL_PEFT_COMMIT", "0" * 40)
+    assert copied.provenance()["commit"] == "0" * 40
