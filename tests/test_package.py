@@ -37,7 +37,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     inside = {name for name in names if name.startswith("seal_peft/")}
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "seal_peft").rglob("*.py")}
     assert inside == expected | {"seal_peft/card.md", "seal_peft/card_several.md", "seal_peft/py.typed"}
-    assert wheel.stat().st_size < 300_000
+    assert wheel.stat().st_size < 400_000  # code and two templates; an asset would be megabytes
 
 
 def test_the_command_it_installs_is_the_command_line(wheel: Path) -> None:
