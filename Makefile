@@ -10,7 +10,8 @@ AXOLOTL ?= $(VENV)-axolotl
 PEFT_SOURCE ?= $(VENV)/peft-source
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test test-floor test-quantized test-axolotl test-peft quality docs bench results results-check clean
+.PHONY: install demo test test-floor test-quantized test-axolotl test-peft test-package quality docs bench results
+.PHONY: results-check clean
 
 install: $(INSTALLED)
 
@@ -27,8 +28,8 @@ demo: $(INSTALLED)
 	$(BIN)/seal-peft demo --output_dir runs/demo
 
 # Two single-threaded workers; a file stays on one worker, so that its module fixtures are made once. `test-peft` runs
-# the file that is left out.
-SUITE := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_lift.py
+# and `test-package` run the files that are left out.
+SUITE := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_lift.py --ignore=tests/test_install.py
 
 test: $(INSTALLED)
 	$(BIN)/python $(SUITE)
@@ -75,6 +76,10 @@ $(PEFT_SOURCE)/.unpacked: $(INSTALLED)
 
 test-peft: $(PEFT_SOURCE)/.unpacked
 	PEFT_SOURCE=$(abspath $(PEFT_SOURCE)) $(BIN)/python -m pytest tests/test_lift.py
+
+# Wheel and sdist by pip into an empty environment, with dependencies of its own (1.2 GB while it runs).
+test-package: $(INSTALLED)
+	$(BIN)/python -m pytest tests/test_install.py
 
 quality: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -28,10 +28,10 @@ except PackageNotFoundError:  # a source tree that was never installed
     __version__ = "0.0.0"
 
 
-def _describe(folder: str, repo_id: str | None = None) -> None:
+def _describe(folder: str, **where: Any) -> None:
     from .describe import describe  # fetched at the first save: it brings reports and tasks along
 
-    describe(folder, repo_id)
+    describe(folder, **where)
 
 
 register(_describe)

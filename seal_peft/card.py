@@ -79,8 +79,15 @@ def render_card(folder: str | os.PathLike[str], run: dict[str, Any], facts: Card
     own = authors_card(folder / CARD_NAME)
     if own is not None:
         return bring_up_to_date(own, data)
-    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **_words(folder, config, run, facts))
+    words = _words(folder, config, run, facts) | {"procedure": _procedure(folder / CARD_NAME)}
+    card = ModelCard.from_template(data, template_path=str(_TEMPLATE), **words)
     return f"{card}\n"
+
+
+def _procedure(path: Path) -> str:
+    """Return what a Trainer's card says of the training: hyperparameters, losses and versions, to the card's end."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    return text.partition("\n## Training procedure\n")[2].strip() if TRAINER_NOTE in text else ""
 
 
 def authors_card(path: Path) -> ModelCard | None:
@@ -158,6 +165,7 @@ def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: Car
         "marker": MARKER,
         "name": title(facts.repo_id),
         "address": facts.repo_id or "path/of/this/folder",
+        "address_is_open": facts.repo_id is None,
         "base": f"`{base}`" if base else f"a local model, `{Path(named).name or 'not named'}`",
         "base_is_local": base is None,
         "base_note": package

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from filelock import FileLock, Timeout
+
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[TextIO]:
@@ -34,3 +36,29 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as JSON for people and programs."""
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def alone_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Keep other processes from writing to an output folder until the block ends. A killed process frees it, too.
+
+    Args:
+        folder: Made if missing; it holds a file `.lock` meanwhile.
+
+    Raises:
+        ValueError: Another process is in such a block.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"Another process is writing to {folder}. Wait until it has ended, or choose another --output_dir."
+        ) from error
+    try:
+        yield
+    finally:
+        (folder / ".lock").unlink(missing_ok=True)  # while it is held; who waits for it sees that it is gone
+        lock.release()

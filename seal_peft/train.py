@@ -9,6 +9,7 @@ import copy
 import json
 import logging
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from .card import write_card
 from .data import prompt_hash, read_samples, trained_prompts
 from .dataset import training_rows
-from .files import write_json
+from .files import alone_in, write_json
 from .folders import check_output_folder
 from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype, read_adapter
 from .memory import Policy, apply_memory_policy
@@ -167,7 +168,7 @@ def train(
     Raises:
         ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, a
             finished adapter, an unfinished training with other settings, or files of another stage in the output
-            folder; raised before the model is loaded.
+            folder; raised before the model is loaded. Another process trains into the folder.
     """
     if arguments.memory is not None and training_arguments.activation_checkpointing:
         raise ValueError(
@@ -206,40 +207,48 @@ def train(
         processing_class=tokenizer,
     )
     trainer.get_train_dataloader()  # a bad batch size shows here, before an earlier adapter is cleared away
-    memory = _apply_memory(trainer, arguments.memory, tokens=max(len(row["input_ids"]) for row in rows))
-    if checkpoint is None and trainer.is_world_process_zero():
-        start_afresh(output_dir, settings)
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    started = time.monotonic()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if not trainer.is_world_process_zero():
+    tokens_of = [len(row["input_ids"]) for row in rows]
+    memory = _apply_memory(trainer, arguments.memory, tokens=max(tokens_of))
+    first = trainer.is_world_process_zero()
+    with alone_in(output_dir) if first else nullcontext():
+        if first and training_arguments.resume_from_checkpoint is None:
+            # Another process may have come or gone while the model was loaded.
+            checkpoint = find_checkpoint(output_dir, settings, arguments.overwrite_output_dir)
+        if checkpoint is None and first:
+            start_afresh(output_dir, settings)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        started = time.monotonic()
+        trainer.train(resume_from_checkpoint=checkpoint)
+        if not first:
+            return output_dir
+        if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
+            start_afresh(output_dir, settings)  # no checkpoint of it is worth going on from
+            raise ValueError(
+                "Training diverged: its weights are not finite, and nothing was saved. Lower --learning_rate."
+            )
+        save_adapter(model, output_dir)
+        record = {
+            "arguments": asdict(arguments),
+            "memory": memory,
+            "trainable_parameters": model.get_nb_trainable_parameters()[0],
+            "samples": len(rows),
+            "tasks": sorted({sample.task for sample in samples}),
+            "lengths": sorted(
+                {sample.length or len(row["input_ids"]) for sample, row in zip(samples, rows, strict=True)}
+            ),
+            "tokens": round(sum(tokens_of) * (trainer.state.epoch or 0)),
+            # Of this call: an interrupted run's earlier steps are not in it.
+            "seconds": time.monotonic() - started,
+            "resumed_from": checkpoint,
+            **_record(trainer),
+            "prompt_hashes": [*map(prompt_hash, samples), *learned_before],  # `evaluate` refuses to score on these
+        }
+        if other is None:
+            write_card(output_dir, record)
+        write_json(output_dir / FINISHED, record)
+        (output_dir / UNFINISHED).unlink(missing_ok=True)
         return output_dir
-    if not all(parameter.isfinite().all() for parameter in model.parameters() if parameter.requires_grad):
-        start_afresh(output_dir, settings)  # no checkpoint of it is worth going on from
-        raise ValueError(
-            "Training diverged: its weights are not finite, and nothing was saved. Lower --learning_rate."
-        )
-    save_adapter(model, output_dir)
-    record = {
-        "arguments": asdict(arguments),
-        "memory": memory,
-        "trainable_parameters": model.get_nb_trainable_parameters()[0],
-        "samples": len(rows),
-        "tasks": sorted({sample.task for sample in samples}),
-        "lengths": sorted({sample.length or len(row["input_ids"]) for sample, row in zip(samples, rows, strict=True)}),
-        "tokens": round(sum(len(row["input_ids"]) for row in rows) * (trainer.state.epoch or 0)),
-        # Of this call: an interrupted run's earlier steps are not in it.
-        "seconds": time.monotonic() - started,
-        "resumed_from": checkpoint,
-        **_record(trainer),
-        "prompt_hashes": [*map(prompt_hash, samples), *learned_before],  # `evaluate` refuses to score on these
-    }
-    if other is None:
-        write_card(output_dir, record)
-    write_json(output_dir / FINISHED, record)
-    (output_dir / UNFINISHED).unlink(missing_ok=True)
-    return output_dir
 
 
 def _config(arguments: TrainArguments) -> SealConfig:

@@ -143,6 +143,12 @@ class _Handler(BaseHTTPRequestHandler):
             return self._answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
         return self._answer({"id": repo, "sha": self.hub.sha(repo, "main"), "siblings": [], "tags": []})
 
+    def _tree(self, _: bytes, repo: str, revision: str) -> None:
+        branches = self.hub.repos[repo]
+        files = next(branches[branch] for branch in branches if revision in (branch, self.hub.sha(repo, branch)))
+        oids = {name: hashlib.sha1(content).hexdigest() for name, content in files.items()}
+        return self._answer([{"type": "file", "path": n, "size": len(files[n]), "oid": oids[n]} for n in files])
+
     def _branch(self, _: bytes, repo: str, branch: str) -> None:
         if branch in self.hub.repos[repo]:
             return self._answer({"error": "Reference already exists"}, 409)
@@ -202,6 +208,7 @@ _ROUTES = [
     ("POST", r"/api/repos/create", _Handler._create),
     ("POST", r"/api/validate-yaml", _Handler._valid),
     ("GET", rf"/api/models/{_REPO}(?:/revision/main)?", _Handler._info),
+    ("GET", rf"/api/models/{_REPO}/tree/(.+)", _Handler._tree),
     ("POST", rf"/api/models/{_REPO}/branch/(.+)", _Handler._branch),
     ("POST", rf"/api/models/{_REPO}/preupload/(.+)", _Handler._preupload),
     ("POST", rf"/api/models/{_REPO}/commit/(.+)", _Handler._commit),

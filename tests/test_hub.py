@@ -181,24 +181,37 @@ def test_a_mistyped_folder_costs_one_question_to_the_hub_and_is_called_a_folder(
         assert online.requests == [f"HEAD /runs/typo/resolve/main/{file}"] * 2
 
 
-def test_lora_and_seal_in_one_repository_are_pulled_one_by_one(house: Path, online: Hub, tmp_path: Path) -> None:
+@pytest.mark.filterwarnings("ignore:Could not find a config file in someone/tiny:UserWarning")
+@pytest.mark.parametrize("names", [("style", "heads"), ("default", "heads")])
+def test_lora_and_seal_in_one_repository_are_pulled_as_a_pair_and_one_by_one(
+    house: Path, online: Hub, tmp_path: Path, names: tuple[str, str]
+) -> None:
     def base() -> Any:
         loaded = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
         loaded.config._name_or_path = loaded.name_or_path = "someone/tiny"
         return loaded
 
-    lora = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False), "style")
+    lora = get_peft_model(base(), LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False), names[0])
     pair = seal_peft.add_beside(lora, SealConfig(task_type="CAUSAL_LM", init_weights=False), "heads")
-    pair.push_to_hub("me/pair")
+    lora.peft_config[names[0]].base_model_name_or_path = str(house / "model")
+    with pytest.warns(UserWarning, match="folder of this machine .* names only './model'"):
+        pair.push_to_hub("me/pair")
+    assert str(house).encode() not in b"".join(online.files("me/pair").values())
     card = card_of(online, "me/pair")
     assert card.data.base_model == "someone/tiny"
-    assert 'PeftModel.from_pretrained(base_model, "me/pair", subfolder="heads")' in card.text
+    code = card.text.partition("```python\n")[2].partition("```")[0]
+    code = code.replace("someone/tiny", str(house / "model"))
+    defined: dict[str, Any] = {}
+    exec(compile(code, "card", "exec"), defined)
+    torch.testing.assert_close(models.logits(defined["model"].eval()), models.logits(pair.eval()))
     heads = PeftModel.from_pretrained(base(), "me/pair", subfolder="heads")
     torch.testing.assert_close(seal_peft.scales(heads), seal_peft.scales(pair, "heads"))
-    style = PeftModel.from_pretrained(base(), "me/pair", subfolder="style")
+    style = PeftModel.from_pretrained(base(), "me/pair", subfolder="style" if names[0] == "style" else None)
     assert type(style.active_peft_config) is LoraConfig
     pair.save_pretrained(tmp_path / "pair")
-    with pytest.raises(ValueError, match=r"pair is not an adapter folder.* It holds .*pair/heads.* Push"):
+    with pytest.raises(
+        ValueError, match=r"pair is not an adapter folder.* It holds .*pair/heads.* Push|another method"
+    ):
         seal_peft.push(tmp_path / "pair", "me/other")
 
 
@@ -208,19 +221,28 @@ def test_lora_users_keep_what_peft_does(house: Path, online: Hub) -> None:
     assert card_of(online, "me/lora").data.library_name == "transformers"
 
 
-def test_a_card_that_a_trainer_pushed_is_replaced_by_ours(house: Path, online: Hub, tmp_path: Path) -> None:
+def test_a_trainers_push_sends_our_card_with_its_record_of_the_training(
+    house: Path, online: Hub, tmp_path: Path
+) -> None:
     base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
     model = get_peft_model(base, SealConfig(task_type="CAUSAL_LM"))
-    options = {"hub_model_id": REPO, "report_to": "none", "use_cpu": True}
+    options = {"hub_model_id": REPO, "report_to": "none", "use_cpu": True, "learning_rate": 0.0123}
     trainer = transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path / "out"), **options))
-    trainer.push_to_hub()
-    assert "import seal_peft" not in card_of(online).text  # if it is, docs/hub.md and docs/faq.md are out of date
-    assert str(house).encode() in online.files(REPO)["README.md"]
-    assert str(house).encode() in online.files(REPO)["adapter_config.json"]
-    push(tmp_path / "out")
+    with pytest.warns(UserWarning, match="folder of this machine .*adapter_config.json does.* seal_peft.push.folder"):
+        trainer.push_to_hub()
     card = card_of(online)
-    assert "import seal_peft" in card.text
+    assert card.data.to_dict().get("base_model") is None
+    assert (card.data.library_name, card.text.count("import seal_peft")) == ("peft", 1)
+    assert "- learning_rate: 0.0123" in card.text
+    assert str(house).encode() not in online.files(REPO)["README.md"]
+    assert str(house).encode() in online.files(REPO)["adapter_config.json"]  # if not, docs/hub.md is out of date
+
+    model.peft_config["default"].base_model_name_or_path = "someone/tiny"
+    model.config._name_or_path = "someone/tiny"
+    trainer.push_to_hub()
+    card = card_of(online)
     assert card.data.base_model == "someone/tiny"
+    assert "- learning_rate: 0.0123" in card.text
     for name in ("README.md", "adapter_config.json"):
         assert str(house).encode() not in online.files(REPO)[name]
 

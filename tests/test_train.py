@@ -22,6 +22,7 @@ import models
 from seal_peft import SealConfig, scales
 from seal_peft.data import read_samples, trained_prompts, write_samples
 from seal_peft.dataset import training_rows
+from seal_peft.files import alone_in
 from seal_peft.heads import find_heads, save_head_scales
 from seal_peft.tokens import encode_training
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
@@ -427,6 +428,19 @@ def test_a_bad_setting_costs_no_finished_adapter_and_blocks_no_second_try(house:
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
     train_in(tmp_path, house, max_steps=2, overwrite_output_dir=True)
     assert run_of(tmp_path)["steps"] == 2
+
+
+def test_two_trainings_do_not_write_into_one_folder(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl"]
+    words += ["--output_dir", tmp_path, "--max_steps", 1, "--disable_tqdm", "true"]
+    with alone_in(tmp_path):  # as another process has it while it trains
+        assert seal(*words) == 1
+        assert f"Another process is writing to {tmp_path}. Wait" in error_of(capsys)
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    assert not list(tmp_path.iterdir())
+    assert seal(*words) == 0
 
 
 def test_a_diverged_training_saves_nothing_and_says_what_to_lower(house: Path, tmp_path: Path) -> None:

@@ -84,6 +84,9 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
             config.base_model_name_or_path = inner.__dict__.get("name_or_path") or None
             inject_adapter_in_model(config, inner, adapter_name)
             driver._cast_adapter_dtype(adapter_name)
+            for name in [name for name, known in model.peft_config.items() if isinstance(known, SealConfig)]:
+                # Saved last, when all that its card tells of is there.
+                model.peft_config[name] = model.peft_config.pop(name)
         else:
             raise ValueError(f"Neither the model ({old}) nor the new adapter ({new}) is SEAL's. Add SEAL first.")
     _sync(model.base_model)

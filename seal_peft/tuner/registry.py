@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 from peft import PeftModel
@@ -22,7 +23,8 @@ def register(describe: Callable[..., None]) -> None:
     PEFT has no plugin entry point and only accepts members of `PeftType`, so a member is added to that enum.
 
     Args:
-        describe: Writes the card of an adapter folder, which it gets, and before an upload the repository's id, too.
+        describe: Writes the card of an adapter folder, which it gets; before an upload the repository's id, too, and
+            `by_trainer=True` where a Trainer wrote one before.
 
     Raises:
         RuntimeError: PEFT itself, or another package, already has a method of this name.
@@ -45,17 +47,30 @@ def register(describe: Callable[..., None]) -> None:
 
 
 def _describe_on_push(describe: Callable[..., None]) -> None:
-    """Give `PeftModel.push_to_hub` the last word on the card to SEAL; models without a SEAL adapter are left alone.
+    """Give the two pushes the last word on the card to SEAL; models without a SEAL adapter are left alone.
 
-    transformers writes a plain card over the saved one between `save_pretrained` and the upload, and asks nobody.
+    transformers writes a plain card over the saved one between `save_pretrained` and the upload, and asks nobody. Its
+    Trainer does the same, and then lets PEFT add its lines.
     """
+    update = PeftModel.create_or_update_model_card
 
     def _upload_modified_files(self: Any, working_dir: Any, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(config, SealConfig) for config in self.peft_config.values()):
-            describe(working_dir, repo_id)
+        if _has_seal(self):
+            describe(working_dir, repo_id=repo_id)
         return super(PeftModel, self)._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
+    @wraps(update)
+    def create_or_update_model_card(self: Any, output_dir: str) -> None:
+        update(self, output_dir)
+        if _has_seal(self):
+            describe(output_dir, by_trainer=True)
+
     PeftModel._upload_modified_files = _upload_modified_files  # type: ignore[method-assign]
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+
+
+def _has_seal(model: Any) -> bool:
+    return any(isinstance(config, SealConfig) for config in model.peft_config.values())
 
 
 def _add_enum_member(name: str) -> None:
