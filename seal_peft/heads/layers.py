@@ -85,7 +85,9 @@ def find_heads(model: nn.Module, config: SealConfig | None = None) -> Heads:
         raise ValueError("Heads are not analysed under prompt tuning: its virtual tokens are in no sample.")
     if not isinstance(base, PreTrainedModel):
         raise TypeError(f"find_heads needs a model of transformers, got a {type(base).__name__}.")
-    if getattr(base.config, "is_encoder_decoder", False) or base.get_output_embeddings() is None:
+    # Encoders with a language-model head (BERT) predict masked tokens, and do not generate.
+    encodes = getattr(base.config, "is_encoder_decoder", False) or not base.can_generate()
+    if encodes or base.get_output_embeddings() is None:
         raise ValueError(
             f"{type(base).__name__} is not a decoder-only model with a language-model head, which these scores are "
             "about. Load the model with AutoModelForCausalLM."
