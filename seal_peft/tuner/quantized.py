@@ -98,7 +98,7 @@ def check_format(base: nn.Module, backend: Any) -> None:
     if backend is not None:
         name = None if backend.supports_merge else backend.backend_name
     else:
-        weight = getattr(base, "weight", None)
+        weight: Any = getattr(base, "weight", None)
         plain = type(weight).__name__ in ("Parameter", "Tensor", "DTensor") and weight.dtype in _PLAIN
         quantised = hasattr(base, "quantization_scheme") or hasattr(base, "qweight")
         name = type(base).__name__ if quantised or not (plain or weight is None) else None
