@@ -6,10 +6,11 @@ PIP := $(BIN)/python -m pip
 INSTALLED := $(VENV)/.installed
 FLOOR ?= $(VENV)-floor
 QUANTIZED ?= $(VENV)-quantized
+AXOLOTL ?= $(VENV)-axolotl
 PEFT_SOURCE ?= $(VENV)/peft-source
 
 .DEFAULT_GOAL := test
-.PHONY: install demo test test-floor test-quantized test-peft quality docs bench results results-check clean
+.PHONY: install demo test test-floor test-quantized test-axolotl test-peft quality docs bench results results-check clean
 
 install: $(INSTALLED)
 
@@ -57,6 +58,13 @@ $(QUANTIZED)/.installed: constraints-quantized.txt $(INSTALLED)
 
 test-quantized: $(QUANTIZED)/.installed
 	$(QUANTIZED)/bin/python -m pytest $(wildcard tests/test_quantized*.py) tests/test_examples.py::test_a_4_bit_base_trains
+
+# Apart, because Axolotl pins older versions of the others, and of PEFT one that is too old.
+$(AXOLOTL)/.installed: constraints-axolotl.txt $(INSTALLED)
+	$(over_the_first)
+
+test-axolotl: $(AXOLOTL)/.installed
+	$(AXOLOTL)/bin/python -m pytest tests/test_examples.py -k axolotl
 
 # PEFT's own tests, with SEAL lifted into it. Its wheel has none, its source package does.
 $(PEFT_SOURCE)/.unpacked: $(INSTALLED)

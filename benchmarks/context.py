@@ -182,7 +182,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("step", nargs="?", choices=["data", "run", "work", "merge"])
     parser.add_argument("--folder", type=Path, default=Path("runs/context"))
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS), choices=TASKS)
     parser.add_argument("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS)
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 24576, 32768])

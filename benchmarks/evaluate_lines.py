@@ -46,7 +46,7 @@ def peak_bytes() -> int:
 def main() -> None:
     """Make the samples, evaluate, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--adapter", help="folder of an adapter; default: a fresh one")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--num_samples", type=int, default=40)

@@ -59,7 +59,7 @@ def metrics_of(folder: Path) -> dict[str, Any]:
 def main() -> int:
     """Evaluate twice, compare, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--num_samples", type=int, default=40)
     parser.add_argument("--processes", type=int, default=torch.cuda.device_count() or 2)

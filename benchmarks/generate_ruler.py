@@ -35,7 +35,7 @@ def generate(task: str, model: str, numbers: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     """One task at a time in each process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="model whose tokenizer counts")
+    parser.add_argument("--model_name_or_path", dest="model", default="smollm2", help="model whose tokenizer counts")
     parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 4096, 8192])
     parser.add_argument("--num_samples", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)

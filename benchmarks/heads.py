@@ -172,7 +172,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--output_dir", type=Path, default=Path("runs/heads"))
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--num_samples", type=int, default=16, help="samples of each length")

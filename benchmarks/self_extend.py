@@ -4,7 +4,7 @@ Equality compares every path with one full matrix in a higher precision. Prefill
 torch's SDPA on the same model. Training is one step of SEAL-C with gradient checkpointing and loss on the last tokens.
 
     python benchmarks/self_extend.py --tokens 32768 --output results/self-extend-h100.json
-    python benchmarks/self_extend.py --model tiny --tokens 512 --window 64 --repeats 1 --output /tmp/trial.json
+    python benchmarks/self_extend.py --model_name_or_path tiny --tokens 512 --window 64 --repeats 1 --output t.json
 """
 
 from __future__ import annotations
@@ -166,7 +166,12 @@ def training(model: Any, arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Measure, print, write the file."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="smollm2", help="smollm2, a folder, or tiny: random weights, for a trial")
+    parser.add_argument(
+        "--model_name_or_path",
+        dest="model",
+        default="smollm2",
+        help="smollm2, a folder, or tiny: random weights, for a trial",
+    )
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--group_size", type=int, default=8)
     parser.add_argument("--window", type=int, default=1024)

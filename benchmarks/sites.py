@@ -295,7 +295,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["data", "run", "work"])
     parser.add_argument("--settings", nargs="+", default=["native"], choices=SETTINGS)
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--work", default="runs/sites")
     parser.add_argument("--output", type=Path, default=Path("runs/sites.json"))
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2])

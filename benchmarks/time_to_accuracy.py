@@ -339,7 +339,7 @@ class Bench:
         """Do the phases in worker processes; stop where the time is up."""
         until = time.time() + 60 * self.options.minutes
         gpus = max(1, torch.cuda.device_count())
-        shared = ["--model", self.options.model, "--work", self.options.work, "--size", self.options.size]
+        shared = ["--model_name_or_path", self.options.model, "--work", self.options.work, "--size", self.options.size]
         shared += ["--points", str(self.options.points), "--batch_tokens", str(self.options.batch_tokens)]
         shared += ["--systems", *self.systems]
         for phase in self.options.phases:
@@ -460,7 +460,7 @@ def main() -> None:
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="knobs need seal-c")
     parser.add_argument("--size", choices=SIZES, default="full")
-    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--work", default="runs/tta")
     parser.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy.json"))
     parser.add_argument("--num_samples", type=int, default=200, help="test samples")

@@ -1,8 +1,7 @@
 """Train SEAL with the plain `Trainer` of transformers, on one process or several.
 
-python examples/train_with_trainer.py --model my/model --train_file my.jsonl --output_dir runs/trainer
-accelerate launch --multi_gpu --num_processes 2 examples/train_with_trainer.py --model my/model --train_file my.jsonl \
-    --output_dir runs/trainer
+python examples/train_with_trainer.py --model_name_or_path my/model --train_file my.jsonl --output_dir runs/trainer
+accelerate launch --multi_gpu --num_processes 2 examples/train_with_trainer.py ...  # the same flags
 python examples/train_with_trainer.py --tiny     # a made-up model, seconds on a CPU
 """
 
@@ -22,14 +21,14 @@ from seal_peft.tokens import AnswerCollator
 def main() -> None:
     """Train, save, and show what was learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hub id or folder")
+    parser.add_argument("--model_name_or_path", help="Hub id or folder")
     parser.add_argument("--train_file", help='JSONL, one {"messages": [...]} a row, the last turn the answer')
     parser.add_argument("--output_dir", default="runs/trainer")
     parser.add_argument("--batch_size", type=int, default=1, help="rows per process")
     parser.add_argument("--tiny", action="store_true", help="a made-up model and data")
     flags = parser.parse_args()
-    if not flags.tiny and not (flags.model and flags.train_file):
-        parser.error("give --model and --train_file, or --tiny")
+    if not flags.tiny and not (flags.model_name_or_path and flags.train_file):
+        parser.error("give --model_name_or_path and --train_file, or --tiny")
 
     arguments = TrainingArguments(
         flags.output_dir,
@@ -44,9 +43,9 @@ def main() -> None:
     )
     if flags.tiny:
         with arguments.main_process_first():
-            flags.model, flags.train_file = make_tiny(flags.output_dir)
-    tokenizer = AutoTokenizer.from_pretrained(flags.model)
-    model = AutoModelForCausalLM.from_pretrained(flags.model)
+            flags.model_name_or_path, flags.train_file = make_tiny(flags.output_dir)
+    tokenizer = AutoTokenizer.from_pretrained(flags.model_name_or_path)
+    model = AutoModelForCausalLM.from_pretrained(flags.model_name_or_path)
     model = get_peft_model(model, seal_peft.SealConfig(granularity="channel", task_type="CAUSAL_LM"))
     rows = training_rows(read_samples(flags.train_file), tokenizer, model)
     trainer = Trainer(model, arguments, AnswerCollator(tokenizer.pad_token_id), train_dataset=rows)

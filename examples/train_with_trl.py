@@ -1,6 +1,6 @@
 """Train SEAL with TRL's `SFTTrainer`: it takes any PEFT config, so SEAL's, too.
 
-python examples/train_with_trl.py --model my/model --train_file my.jsonl --output_dir runs/trl
+python examples/train_with_trl.py --model_name_or_path my/model --train_file my.jsonl --output_dir runs/trl
 python examples/train_with_trl.py --tiny     # a made-up model, seconds on a CPU
 
 Needs `pip install trl`.
@@ -19,15 +19,15 @@ import seal_peft
 def main() -> None:
     """Train, save, and show what was learned."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="Hub id or folder")
+    parser.add_argument("--model_name_or_path", help="Hub id or folder")
     parser.add_argument("--train_file", help='JSONL, one {"messages": [...]} a row, the last turn the answer')
     parser.add_argument("--output_dir", default="runs/trl")
     parser.add_argument("--tiny", action="store_true", help="a made-up model and data")
     flags = parser.parse_args()
     if flags.tiny:
-        flags.model, flags.train_file = make_tiny(flags.output_dir)
-    if not (flags.model and flags.train_file):
-        parser.error("give --model and --train_file, or --tiny")
+        flags.model_name_or_path, flags.train_file = make_tiny(flags.output_dir)
+    if not (flags.model_name_or_path and flags.train_file):
+        parser.error("give --model_name_or_path and --train_file, or --tiny")
 
     # TRL knows which tokens are the answer when prompt and completion stand in columns of their own.
     rows = load_dataset("json", data_files=flags.train_file, split="train").map(
@@ -47,7 +47,7 @@ def main() -> None:
         use_cpu=not torch.cuda.is_available(),  # else TRL insists on bf16
     )
     config = seal_peft.SealConfig(granularity="channel", task_type="CAUSAL_LM")
-    trainer = SFTTrainer(flags.model, arguments, train_dataset=rows, peft_config=config)
+    trainer = SFTTrainer(flags.model_name_or_path, arguments, train_dataset=rows, peft_config=config)
     trainer.train()
     trainer.save_model(flags.output_dir)
     for name, scale in seal_peft.scales(flags.output_dir).items():

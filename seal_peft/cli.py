@@ -51,20 +51,8 @@ class Stage:
     words: str | None = None
 
 
+# In the order of use, as --help lists them.
 STAGES = {
-    "reproduce": Stage(
-        reproduce,
-        (ReproduceArguments,),
-        "the paper's experiments by name, on SmolLM2",
-        "seal-peft reproduce lines needle --output_dir results",
-        words="parts",
-    ),
-    "demo": Stage(
-        demo,
-        (DemoArguments,),
-        "the whole path on a real model: data, base accuracy, training, adapter, merged model",
-        "seal-peft demo --output_dir runs/demo",
-    ),
     "make-data": Stage(
         make_data,
         (MakeDataArguments,),
@@ -85,6 +73,12 @@ STAGES = {
         "seal-peft evaluate --model_name_or_path smollm2 --adapters runs/my/adapter --test_file runs/my/test.jsonl "
         "--output_dir runs/my/eval",
     ),
+    "report": Stage(
+        report,
+        (ReportArguments,),
+        "tables and pictures from result files",
+        "seal-peft report --metrics_file runs/my/eval/metrics.json --adapter runs/my/adapter --output_dir runs/my",
+    ),
     "heads": Stage(
         heads,
         (HeadsArguments,),
@@ -92,17 +86,11 @@ STAGES = {
         "seal-peft heads --model_name_or_path smollm2 --test_file runs/my/test.jsonl --adapter runs/my/adapter "
         "--output_dir runs/my/heads",
     ),
-    "report": Stage(
-        report,
-        (ReportArguments,),
-        "tables and pictures from result files",
-        "seal-peft report --metrics_file runs/my/eval/metrics.json --adapter runs/my/adapter --output_dir runs/my",
-    ),
     "merge": Stage(
         merge,
         (MergeArguments,),
         "fold an adapter into its base model, for serving without this package",
-        "seal-peft merge --adapter_name_or_path runs/my/adapter --output_dir runs/my/merged",
+        "seal-peft merge --adapter runs/my/adapter --output_dir runs/my/merged",
     ),
     "push": Stage(
         push_stage,
@@ -115,6 +103,19 @@ STAGES = {
         (AdviseArguments,),
         "which context extension lets a model read a length, in tokens",
         "seal-peft advise --model_name_or_path smollm2 --length 32768",
+    ),
+    "demo": Stage(
+        demo,
+        (DemoArguments,),
+        "the whole path on a real model: data, base accuracy, training, adapter, merged model",
+        "seal-peft demo --output_dir runs/demo",
+    ),
+    "reproduce": Stage(
+        reproduce,
+        (ReproduceArguments,),
+        "the paper's experiments by name, on SmolLM2",
+        "seal-peft reproduce lines needle --output_dir results",
+        words="parts",
     ),
 }
 
@@ -233,9 +234,23 @@ def _top_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults where there is one to tell: flags that must be given have none."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.required:
+            return f"{action.help} (required)"
+        return action.help if action.default in (None, []) else super()._get_help_string(action)
+
+
 def _stage_parser(name: str, stage: Stage) -> HfArgumentParser:
     parser = HfArgumentParser(
-        stage.arguments, prog=f"seal-peft {name}", usage=stage.example, description=stage.help, allow_abbrev=False
+        stage.arguments,
+        prog=f"seal-peft {name}",
+        usage=stage.example,
+        description=stage.help,
+        formatter_class=_Help,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", help="YAML file with `flag: value` lines; flags on the command line win.")
     return parser

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from .files import replacing
 from .fitting import fit_samples
-from .tasks import Sample, Task, get_task
+from .tasks import SCORED_FIELDS, Sample, Task, get_task
 from .tokens import encode_training
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def write_samples(path: str | os.PathLike[str], samples: Iterable[Sample]) -> No
 
 
 def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
-    """Read what `write_samples` wrote, or conversations for training: rows with nothing but `messages`.
+    """Read what `write_samples` wrote, or conversations for training: rows with `messages`, and no task or answers.
 
     Args:
         path: A JSONL file.
@@ -101,10 +101,8 @@ def read_samples(path: str | os.PathLike[str]) -> list[Sample]:
         for number, line in enumerate(file, start=1):
             try:
                 row = json.loads(line)
-                if isinstance(row, dict) and row.keys() == {"messages"}:
-                    sample = Sample.from_conversation(row["messages"], id=f"line {number}")
-                else:
-                    sample = Sample.from_row(row)
+                conversation = isinstance(row, dict) and not row.keys() & SCORED_FIELDS
+                sample = Sample.from_conversation(row, f"line {number}") if conversation else Sample.from_row(row)
             except ValueError as error:
                 not_json = isinstance(error, json.JSONDecodeError | UnicodeDecodeError)
                 problem = f"The row is not JSON ({error})." if not_json else error

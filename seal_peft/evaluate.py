@@ -27,7 +27,6 @@ from .loading import (
     locate_model,
     pick_device,
     pick_dtype,
-    read_adapter,
     unload_adapter,
 )
 from .predictions import Predictions, fingerprint, identity
@@ -35,6 +34,7 @@ from .provenance import provenance
 from .statistics import RULER_THRESHOLD, summarise
 from .systems import BASE, Questions, System, check_held_out, check_system, name_systems, read_questions
 from .tasks import Sample, get_task
+from .together import check_together
 
 # What samples say of themselves that a reader of scores must know: whose words they are in, what their facts hide in.
 _LABELS = ("wording", "haystack")
@@ -54,7 +54,9 @@ class EvaluateArguments:
     output_dir: str = field(metadata={"help": "Folder for predictions.jsonl and metrics.json."})
     adapters: list[str] = field(
         default_factory=list,
-        metadata={"help": "Adapter folders or Hub ids of any PEFT method, as PATH or NAME=PATH."},
+        metadata={
+            "help": "Adapters (folder, Hub id) of any PEFT method, PATH or NAME=PATH; PATH+PATH for LoRA and SEAL."
+        },
     )
     models: list[str] = field(
         default_factory=list, metadata={"help": "Further plain models, e.g. merged ones, as PATH or NAME=PATH."}
@@ -105,8 +107,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     check_output_folder(Path(arguments.output_dir), "evaluate")
     samples = _read_test_file(arguments.test_file)
     for system in systems:
-        if system.adapter:
-            read_adapter(system.adapter)  # a mistyped name shows before all prompts are turned into tokens
+        check_together(system.adapters)  # a mistyped name shows before all prompts are turned into tokens
     check_held_out(systems, samples, arguments.test_file)
     models = list(dict.fromkeys(system.model for system in systems))
     guard = make_guard(models) if arguments.guard else Guard()
@@ -224,7 +225,7 @@ def _fingerprints(
 
     One for each sample, and a last one for the guard's essays, if they are asked for.
     """
-    files = [identity(locate_model(system.model)), system.adapter and identity(system.adapter)]
+    files = [identity(locate_model(system.model)), [*map(identity, system.adapters)]]
     settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation, questions.ends]
     keys = [""] * len(asked)
     for batch in batches:
@@ -264,7 +265,7 @@ def _answer_all(
     batches = batches[processes.process_index :: processes.num_processes]
     model = load_model(systems[0].model, arguments.dtype, arguments.attn_implementation).eval()
     for system in todo:
-        answering = load_adapter(model, system.adapter) if system.adapter else model
+        answering = load_adapter(model, *system.adapters) if system.adapters else model
         own = keys[system.name]
         if guard.samples and own[-1] not in predictions and processes.is_main_process:
             losses = window_losses(answering, guard.essays[system.model])
@@ -282,7 +283,7 @@ def _answer_all(
                     answer_of = dict(zip(batch, answers, strict=True))
                     predictions.add(_row(system, asked[i], answer_of[i], own[i]) for i in missing)
                 progress.update(len(batch))
-        if system.adapter:
+        if system.adapters:
             model = unload_adapter(answering)
 
 

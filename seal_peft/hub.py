@@ -55,7 +55,12 @@ class PushArguments:
     license: str | None = field(default=None, metadata={"help": "License of the adapter, such as apache-2.0."})
     datasets: list[str] = field(default_factory=list, metadata={"help": "Hub ids of the training data, if any."})
     private: bool | None = field(
-        default=None, metadata={"help": "Whether a new repository is private. Default: as your account has it."}
+        default=None,
+        metadata={
+            "help": "Make a new repository private, or public with `false`. Default: as your account has it.",
+            "nargs": "?",
+            "const": True,
+        },
     )
     revision: str | None = field(default=None, metadata={"help": "Branch to push to, made if missing; default: main."})
 

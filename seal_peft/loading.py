@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assets import public_id, resolve_model
+from .tuner import load_adapters
 from .tuner.weights import check_weights_file
 
 logger = logging.getLogger(__name__)
@@ -204,30 +207,52 @@ def _plain_name(model: str) -> str:
     return (public_id(model) or model.rstrip("/")).rpartition("/")[2]
 
 
-def load_adapter(model: Any, path: str) -> PeftModel:
+def load_adapter(model: Any, *paths: str) -> PeftModel:
     """Wrap a base model with the adapter of a folder (or Hub id), ready for inference.
 
+    Args:
+        model: The base model; it is modified in place.
+        paths: One adapter of any PEFT method, or several that compute together, SEAL's among them.
+
     Raises:
-        ValueError: A part of the adapter has no place in the model, or a place in the model has no part.
+        ValueError: A part of an adapter has no place in the model, or a place in the model has no part; or there are
+            several, and none is SEAL's.
     """
-    return _wrap(model, path).eval()
+    if len(paths) == 1:
+        return _wrap(model, *paths).eval()
+    adapters = {f"part{number}": path for number, path in enumerate(paths)}
+    with _missing_refused():
+        adapted = load_adapters(model, adapters)
+    for name, path in adapters.items():
+        _refuse_unknown(adapted, path, name)
+    return adapted.eval()
 
 
 def _wrap(model: Any, path: str, **settings: Any) -> PeftModel:
     """Load an adapter whole. PEFT drops keys that have no place and starts anew what the file lacks."""
+    with _missing_refused():
+        adapted = PeftModel.from_pretrained(model, path, **settings)
+    _refuse_unknown(adapted, path, "default", **settings)
+    return adapted
+
+
+@contextmanager
+def _missing_refused() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", ".*Found missing adapter keys")
         try:
-            adapted = PeftModel.from_pretrained(model, path, **settings)
+            yield
         except UserWarning as warning:
             if "Found missing adapter keys" not in str(warning):
                 raise
             raise ValueError(f"Its file lacks what modules of the model need. {warning!s:.200}") from warning
-    # A second time, because only this call tells what was left over. Prompts are kept outside of the model.
-    unknown = adapted.load_adapter(path, "default", **settings).unexpected_keys
-    if unknown and not adapted.active_peft_config.is_prompt_learning:
+
+
+def _refuse_unknown(adapted: PeftModel, path: str, name: str, **settings: Any) -> None:
+    """Load a second time, because only this call tells what was left over. Prompts are kept outside of the model."""
+    unknown = adapted.load_adapter(path, name, **settings).unexpected_keys
+    if unknown and not adapted.peft_config[name].is_prompt_learning:
         raise ValueError(f"Tensors of its file that have no place there: {len(unknown)}, such as {unknown[0]}")
-    return adapted
 
 
 def unload_adapter(model: PeftModel) -> Any:

@@ -1,6 +1,6 @@
 """Fold an adapter into its base model, for serving without this package.
 
-seal-peft merge --adapter_name_or_path runs/demo/adapter --output_dir runs/demo/merged
+seal-peft merge --adapter runs/demo/adapter --output_dir runs/demo/merged
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer, read_adapter
+from .loading import (
+    base_of_adapter,
+    check_adapter,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+    read_adapter,
+)
+from .together import check_together, split_together
 from .tuner import save_adapter
 from .tuner.config import check_sites
 from .tuner.saving import disk_is_full
@@ -29,7 +37,9 @@ REST = "seal_adapter"
 class MergeArguments:
     """Which adapter to merge, and where to put the plain model."""
 
-    adapter_name_or_path: str = field(metadata={"help": "Adapter folder or Hub id."})
+    adapter: str = field(
+        metadata={"help": "Adapter folder or Hub id; PATH+PATH for LoRA and SEAL that are merged together."}
+    )
     output_dir: str = field(metadata={"help": "Folder for the merged model; must not exist yet."})
     model_name_or_path: str | None = field(
         default=None, metadata={"help": "Base model. Default: the one that the adapter names."}
@@ -67,20 +77,24 @@ def merge(arguments: MergeArguments) -> Path:
     target = Path(arguments.output_dir)
     if target.exists():
         raise ValueError(f"{target} exists already. Remove it or choose another --output_dir.")
-    adapter = arguments.adapter_name_or_path
-    config = read_adapter(adapter)
-    if (settings := getattr(config, "self_extend", None)) is not None:
+    adapters = split_together(arguments.adapter)
+    configs = [read_adapter(adapter) for adapter in adapters]
+    check_together(adapters)
+    if settings := next(filter(None, (getattr(config, "self_extend", None) for config in configs)), None):
         raise ValueError(
             f"The adapter needs self_extend={settings}, which no setting of a plain checkpoint brings about: every "
             "engine would run the merged model without it. Keep the adapter, or train one under rope_parameters such "
             "as YaRN, which config.json carries. In Python, `merge_and_unload()` keeps it in force in memory."
         )
     merged_sites = check_sites(arguments.sites)
-    rest = [site for site in getattr(config, "sites", ()) if site not in merged_sites]
-    base = arguments.model_name_or_path or base_of_adapter(config, adapter)
-    check_adapter(base, adapter)
+    rest = [site for config in configs for site in getattr(config, "sites", ()) if site not in merged_sites]
+    if rest and len(adapters) > 1:
+        raise ValueError(f"--sites leaves scales at {', '.join(rest)} as an adapter, which takes one --adapter alone.")
+    base = arguments.model_name_or_path or base_of_adapter(configs[0], adapters[0])
+    for adapter in adapters:
+        check_adapter(base, adapter)
     tokenizer = load_tokenizer(base)
-    model = load_adapter(load_model(base, arguments.dtype), adapter)
+    model = load_adapter(load_model(base, arguments.dtype), *adapters)
     if not rest:
         merged = model.merge_and_unload(progressbar=True, safe_merge=True)
     with _appearing(target) as folder:

@@ -14,6 +14,7 @@ from .data import check_window, has_position_table, prompt_hash, trained_prompts
 from .loading import check_adapter, load_config, load_tokenizer
 from .reach import reach
 from .tasks import Sample, get_task
+from .together import split_together
 from .tokens import encode_question
 
 BASE = "base"
@@ -21,17 +22,17 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class System:
-    """One thing that answers: a plain model, or a base model with an adapter.
+    """One thing that answers: a plain model, or a base model with adapters.
 
     Attributes:
         name: Name in the results.
         model: Model to load.
-        adapter: Adapter to load onto it, if any.
+        adapters: Adapters that are loaded onto it together; none for a plain model.
     """
 
     name: str
     model: str
-    adapter: str | None = None
+    adapters: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,14 +60,14 @@ def split_name(text: str) -> tuple[str, str]:
     Paths may hold the sign, too: what exists is a path, and so is what has a / before the sign.
 
     Args:
-        text: PATH or NAME=PATH.
+        text: PATH or NAME=PATH; PATH+PATH where adapters answer together.
 
     Returns:
         Name and path.
     """
     name, equals, path = text.partition("=")
     if not equals or "/" in name or Path(text).exists():
-        return Path(text).resolve().name, text
+        return "+".join(Path(path).resolve().name for path in split_together(text)), text
     return name, path
 
 
@@ -75,7 +76,7 @@ def name_systems(base: str, adapters: Sequence[str], models: Sequence[str], skip
 
     Args:
         base: Model that the adapters are for.
-        adapters: PATH or NAME=PATH of each.
+        adapters: PATH or NAME=PATH of each, with PATH+PATH for those that answer together.
         models: PATH or NAME=PATH of further plain models.
         skip_base: Leave the base model itself out.
 
@@ -83,7 +84,7 @@ def name_systems(base: str, adapters: Sequence[str], models: Sequence[str], skip
         ValueError: There is no system, or two have one name.
     """
     systems = [] if skip_base else [System(BASE, base)]
-    systems += [System(name, base, path) for name, path in map(split_name, adapters)]
+    systems += [System(name, base, tuple(split_together(path))) for name, path in map(split_name, adapters)]
     systems += [System(name, path) for name, path in map(split_name, models)]
     names = [system.name for system in systems]
     if not systems:
@@ -132,7 +133,7 @@ def check_held_out(systems: Sequence[System], samples: Sequence[Sample], test_fi
         ValueError: Some of them were in the training data of an adapter; the message names the lines.
     """
     for system in systems:
-        learned = set(trained_prompts(system.adapter)) if system.adapter else set()
+        learned = {prompt for adapter in system.adapters for prompt in trained_prompts(adapter)}
         seen = [line for line, sample in enumerate(samples, start=1) if prompt_hash(sample) in learned]
         if seen:
             lines = ", ".join(map(str, seen[:5])) + (", ..." if len(seen) > 5 else "")
@@ -159,9 +160,11 @@ def check_system(system: System, longest: int, beyond: bool) -> int | None:
     """
     config: Any = load_config(system.model)
     window = window_of(config)
-    adapted = check_adapter(system.model, system.adapter) if system.adapter else None
-    if adapted is not None:
-        config, window = adapted.config, reach(adapted)
+    for adapter in system.adapters:
+        adapted = check_adapter(system.model, adapter)
+        # Of several, the one that extends the context counts.
+        if adapted is not None and (len(system.adapters) == 1 or (reach(adapted) or 0) > (window or 0)):
+            config, window = adapted.config, reach(adapted)
     try:
         check_window(config, longest, window, beyond)
     except ValueError as error:

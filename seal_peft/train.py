@@ -61,7 +61,10 @@ class TrainArguments:
     )
     granularity: Granularity = field(
         default="channel",
-        metadata={"help": "One scale per `head` or per `channel` of it. Queries always have one per head."},
+        metadata={
+            "help": "One scale per `head` or per `channel` of it; `SealConfig` in Python has `head` unless told. "
+            "Queries always have one per head."
+        },
     )
     sites: list[str] = field(
         default_factory=lambda: ["output"],

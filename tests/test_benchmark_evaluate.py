@@ -25,7 +25,7 @@ def run(script: str, output: Path, *words: object) -> tuple[dict[str, Any], str]
 
 
 def test_it_measures_two_systems_and_writes_what_it_prints(tmp_path: Path) -> None:
-    model = ["--model", save_model(tmp_path / "model")]
+    model = ["--model_name_or_path", save_model(tmp_path / "model")]
     sizes = ["--lengths", 300, 400, "--num_samples", 2, "--max_new_tokens", 4]
     result, printed = run("evaluate_lines.py", tmp_path / "out.json", *model, *sizes)
     assert f"4 samples x 2 systems: {result['seconds']:.1f} s" in printed
@@ -39,7 +39,7 @@ def test_it_generates_all_of_ruler_and_writes_seconds_and_fill(tmp_path: Path) -
     folder = save_model(tmp_path / "model", weights=False)
     tokenizers_.words(tokenizers_.CHATML).save_pretrained(folder)
     sizes = ["--lengths", 1500, "--num_samples", 1, "--processes", 1]
-    result, printed = run("generate_ruler.py", tmp_path / "out.json", "--model", folder, *sizes)
+    result, printed = run("generate_ruler.py", tmp_path / "out.json", "--model_name_or_path", folder, *sizes)
     assert list(result["tasks"]) == [row[0] for row in ruler.ROWS]
     assert {task["samples"] for task in result["tasks"].values()} == {1}
     assert min(task["smallest_fill"] for task in result["tasks"].values()) >= 0.97

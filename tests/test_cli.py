@@ -36,6 +36,26 @@ def test_the_help_of_a_stage_opens_with_a_line_to_copy(stage: str, capsys: pytes
     parse(stage, *words[1:])
 
 
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_the_help_tells_what_must_be_given_and_adapters_and_models_alike(stage: str) -> None:
+    parser = cli._stage_parser(stage, cli.STAGES[stage])
+    text = " ".join(parser.format_help().split())
+    assert "(default: None)" not in text
+    assert text.count("(required)") == sum(action.required for action in parser._actions)
+    flags = {flag: action for action in parser._actions for flag in action.option_strings}
+    assert {flag for flag in flags if "adapter" in flag} <= {
+        *("--adapter", "--adapters", "--apply_adapter", "--apply-adapter", "--init_adapter", "--init-adapter")
+    }
+    assert "--adapters" not in flags or flags["--adapters"].nargs == "+"
+    assert "--model" not in flags
+
+
+def test_a_new_repository_is_private_by_a_flag_without_a_value() -> None:
+    words = ["--adapter", "a", "--repo_id", "me/a"]
+    given = [parse("push", *words, *more)[0].private for more in ([], ["--private"], ["--private", "false"])]
+    assert given == [None, True, False]
+
+
 def test_the_help_of_the_program_lists_its_stages(capsys: pytest.CaptureFixture[str]) -> None:
     assert seal("--help") == 0
     text = capsys.readouterr().out
@@ -220,7 +240,7 @@ def test_stages_hand_each_other_files(tmp_path: Path, capsys: pytest.CaptureFixt
     base = ["--model_name_or_path", model]
     steps = ["--max_steps", 2, "--dtype", "float32", "--disable_tqdm", "true"]
     assert seal("train", *base, "--train_file", train, "--output_dir", adapter, *steps) == 0
-    assert seal("merge", "--adapter_name_or_path", adapter, "--output_dir", merged) == 0
+    assert seal("merge", "--adapter", adapter, "--output_dir", merged) == 0
     systems = ["--adapters", adapter, "--models", merged, "--max_new_tokens", 4, "--dtype", "float32"]
     capsys.readouterr()
     assert seal("evaluate", *base, "--test_file", test, "--output_dir", results, *systems) == 0

@@ -216,6 +216,30 @@ def test_a_row_that_is_no_sample_at_all_is_refused_with_file_and_line(tmp_path: 
         read_samples(path)
 
 
+def test_rows_of_turns_may_have_other_fields_unless_they_would_change_the_prompt(tmp_path: Path) -> None:
+    question, answer = {"role": "user", "content": "Which shelf?"}, {"role": "assistant", "content": "Shelf 7."}
+    path = tmp_path / "mine.jsonl"
+
+    def read(**row: object) -> Sample:
+        path.write_text(json.dumps(row), encoding="utf-8")
+        return read_samples(path)[0]
+
+    assert read(messages=[question, answer], source="a blog", id=3) == read(messages=[question, answer])
+    for row, complaint in (
+        (
+            {"prompt": [question], "completion": [answer]},
+            "has 'prompt', 'completion'. Give .* turns of 'prompt', then those",
+        ),
+        ({"instruction": "Which?", "output": "7"}, "Field 'messages' is missing; the row has 'instruction', 'output'"),
+        ({"messages": [question, answer], "tools": []}, "Field 'tools' would change the prompt"),
+        ({"messages": [question]}, "last turn must be the answer, .* not {'role': 'user', 'content': 'Which shelf"),
+        ({"messages": [question, {**answer, "tool_calls": []}]}, "and nothing else, not .*tool_calls"),
+        ({"messages": [question, answer], "task": "lines"}, "Field 'id' is missing"),
+    ):
+        with pytest.raises(ValueError, match=f"mine.jsonl, line 1: .*{complaint}"):
+            read(**row)
+
+
 def test_two_rows_of_one_id_are_refused(tmp_path: Path) -> None:
     write_samples(tmp_path / "train.jsonl", some_samples()[:1] * 2)
     with pytest.raises(ValueError, match="line 2: the id 'lines-train-900-0000' is already that of line 1"):

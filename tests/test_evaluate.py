@@ -122,6 +122,19 @@ def test_base_adapters_of_any_method_and_plain_models_answer_in_one_call(house: 
         assert len({answers[name, sample.id] for name in ("base", "seal", "lora", "ia3")}) == 4
 
 
+def test_lora_and_seal_answer_together_as_their_merged_model_does(house: Path, everyone: Path, tmp_path: Path) -> None:
+    pair = f"{house / 'lora'}+{house / 'seal'}"
+    assert seal("merge", "--adapter", pair, "--output_dir", tmp_path / "merged") == 0
+    words = {"adapters": [pair, str(house / "seal")], "models": [str(tmp_path / "merged")], "skip_base": True}
+    metrics = evaluate_in(house, tmp_path, **words)
+    assert list(metrics["systems"]) == ["lora+seal", "seal", "merged"]
+    answers, alone = answers_of(tmp_path), answers_of(everyone)
+    for sample in read_samples(house / "test.jsonl"):
+        assert answers["lora+seal", sample.id] == answers["merged", sample.id]
+        assert answers["lora+seal", sample.id] not in (alone["lora", sample.id], alone["seal", sample.id])
+        assert answers["seal", sample.id] == alone["seal", sample.id]
+
+
 def test_answers_are_those_of_plain_greedy_generation(house: Path, everyone: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(house / "model")
     base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
@@ -463,19 +476,28 @@ def test_training_and_evaluation_do_not_mix_their_files(
 def test_a_path_may_hold_the_sign_that_ends_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=0.1").mkdir()
+    (tmp_path / "c++").mkdir()
     given = ["mine=runs/lr=0.2/best", "runs/lr=0.3", "lr=0.1", "b=me/lora", "lora"]
+    given += ["a/lora+b/seal", "pair=a/lora+me/seal", f"{tmp_path}/c++"]
     systems = name_systems("model", given, [], skip_base=True)
-    assert [(system.name, system.adapter) for system in systems] == [
+    assert [(system.name, *system.adapters) for system in systems] == [
         ("mine", "runs/lr=0.2/best"),
         ("lr=0.3", "runs/lr=0.3"),
         ("lr=0.1", "lr=0.1"),
         ("b", "me/lora"),
         ("lora", "lora"),
+        ("lora+seal", "a/lora", "b/seal"),
+        ("pair", "a/lora", "me/seal"),
+        ("c++", f"{tmp_path}/c++"),
     ]
 
 
 def test_names_batches_lengths_and_rows_are_checked_first(refused, own_house: Path) -> None:
     assert "distinct names" in refused("--adapters", own_house / "seal", f"seal={own_house / 'lora'}")
+    assert "methods LORA, IA3, which do not compute together" in refused(
+        "--adapters", f"{own_house / 'lora'}+{own_house / 'ia3'}"
+    )
+    assert "There is no folder 'nowhere'" in refused("--adapters", f"pair={own_house / 'seal'}+nowhere")
     assert "leave out --skip_base, or give --adapters or --models" in refused("--skip_base")
     assert "per_device_eval_batch_size=0" in refused("--per_device_eval_batch_size", 0)
     assert "effective_threshold=85.6 was given; use 0.0 to 1.0" in refused("--effective_threshold", 85.6)

@@ -135,7 +135,7 @@ def test_the_stages_take_an_adapter_from_the_hub(
     house: Path, adapter: Path, online: Hub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     push(adapter)
-    words = ["--adapter_name_or_path", REPO, "--model_name_or_path", house / "model"]
+    words = ["--adapter", REPO, "--model_name_or_path", house / "model"]
     assert seal("merge", *words, "--output_dir", tmp_path / "merged") == 0
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 

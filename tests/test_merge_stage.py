@@ -73,7 +73,7 @@ def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(tm
     models.draw_scales(adapted)
     adapted.peft_config["default"].base_model_name_or_path = str(model)
     adapted.save_pretrained(str(tmp_path / "adapter"))
-    words = ["--adapter_name_or_path", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
+    words = ["--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     assert seal("merge", *words, "--sites", "output") == 0
     plain, old = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", model))
     assert {name for name in old if not torch.equal(old[name], plain[name])} == {
@@ -92,9 +92,17 @@ def test_the_merged_model_has_the_dtype_of_the_base_unless_asked(
     model.save_pretrained(tmp_path / "model")
     AutoTokenizer.from_pretrained(house / "model").save_pretrained(tmp_path / "model")
     merged = tmp_path / "merged"
-    words = ["--model_name_or_path", tmp_path / "model", "--adapter_name_or_path", house / "adapter"]
+    words = ["--model_name_or_path", tmp_path / "model", "--adapter", house / "adapter"]
     assert seal("merge", *words, "--dtype", asked, "--output_dir", merged) == 0
     assert {str(weight.dtype) for weight in load_file(merged / "model.safetensors").values()} == {f"torch.{stored}"}
+
+
+def test_adapters_that_are_merged_together_leave_no_rest(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = f"{house / 'adapter'}+{house / 'adapter'}"
+    assert seal("merge", "--adapter", both, "--sites", "query", "--output_dir", tmp_path / "merged") == 1
+    assert "--sites leaves scales at output, output" in error_of(capsys)
 
 
 # --- faults --------------------------------------------------------------------------------------------------------
@@ -183,7 +191,7 @@ def test_other_errors_pass_through_and_leave_nothing(
 
 def refusal(capsys: pytest.CaptureFixture[str], adapter: object, target: Path) -> str:
     capsys.readouterr()
-    assert seal("merge", "--adapter_name_or_path", adapter, "--output_dir", target) == 1
+    assert seal("merge", "--adapter", adapter, "--output_dir", target) == 1
     return error_of(capsys)
 
 

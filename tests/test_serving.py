@@ -34,7 +34,7 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     adapted = get_peft_model(base, SealConfig(task_type="CAUSAL_LM", granularity="channel"))
     models.draw_scales(adapted)
     adapted.save_pretrained(folder / "adapter")
-    assert seal("merge", "--adapter_name_or_path", folder / "adapter", "--output_dir", folder / "merged") == 0
+    assert seal("merge", "--adapter", folder / "adapter", "--output_dir", folder / "merged") == 0
     return folder
 
 

@@ -1,6 +1,7 @@
 """SEAL as an adapter of Axolotl, through its plugin interface; `seal.yaml` beside this file uses it.
 
-Put this file where Python finds it (`PYTHONPATH=examples/axolotl`). docs/trainers.md says what of it was run.
+Put this file where Python finds it (`PYTHONPATH=examples/axolotl`). `make test-axolotl` runs it, as docs/trainers.md
+tells.
 """
 
 from typing import Any

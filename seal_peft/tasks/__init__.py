@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from functools import partial
 
 from . import associative, examples, guard, json_kv, lines, metrics, needle, passkey, qa, ruler, uuid_chain
-from .sample import CONVERSATION, SPLITS, MakeSample, Sample
+from .sample import CONVERSATION, SCORED_FIELDS, SPLITS, MakeSample, Sample
 
-__all__ = ["SPLITS", "TASKS", "MakeSample", "Sample", "Task", "examples", "get_task"]
+__all__ = ["SCORED_FIELDS", "SPLITS", "TASKS", "MakeSample", "Sample", "Task", "examples", "get_task"]
 
 
 Score = Callable[[str, Sequence[str]], float]
@@ -155,7 +155,7 @@ def get_task(name: str) -> Task:
     """
     if name == CONVERSATION:
         raise ValueError(
-            "Rows with nothing but `messages` are for training. To be scored, a row names a task and its answers: see "
+            "Rows without `task` and `answers` are for training. To be scored, a row names both: see "
             "'Your own files' in docs/tasks.md."
         )
     if name not in TASKS:

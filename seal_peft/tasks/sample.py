@@ -9,6 +9,10 @@ from typing import Any, Protocol
 SPLITS = ("train", "test")
 # The task of rows that are for training alone.
 CONVERSATION = "conversation"
+# A row with one of these is to be scored, and has all fields of a sample.
+SCORED_FIELDS = frozenset({"task", "target", "answers"})
+# What TRL and chat templates put into the prompt.
+_PROMPT_FIELDS = frozenset({"tools", "images", "image", "videos", "documents", "chat_template_kwargs"})
 
 
 @dataclass(frozen=True)
@@ -72,19 +76,44 @@ class Sample:
         return cls(**row)
 
     @classmethod
-    def from_conversation(cls, messages: Any, id: str) -> Sample:
+    def from_conversation(cls, row: dict[str, Any], id: str) -> Sample:
         """Build a sample from turns alone, the last one the answer. It is for training: no task says how to score it.
 
         Args:
-            messages: Turns (`role`, `content`); the last is the assistant's.
+            row: Its `messages` are turns (`role`, `content`), the last one the assistant's. Other fields are notes of
+                the user's, as they are to TRL, but for those that would change the prompt.
             id: Unique name of the sample.
 
         Raises:
-            ValueError: If the turns are not such a conversation.
+            ValueError: If the turns are not such a conversation, or the row is of another form.
         """
-        last = messages[-1] if isinstance(messages, list | tuple) and messages else None
-        if not isinstance(last, dict) or last.get("role") != "assistant" or not isinstance(last.get("content"), str):
-            raise ValueError('Field \'messages\': the last turn must be the answer, {"role": "assistant", ...}.')
+        if "messages" not in row:
+            fields_of_row = ", ".join(map(repr, row)) or "none"
+            turns = (
+                " The turns of 'prompt', then those of 'completion' make one." if _is_prompt_completion(row) else ""
+            )
+            raise ValueError(
+                f"Field 'messages' is missing; the row has {fields_of_row}. Give a conversation that ends with the "
+                'answer: {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.'
+                + turns
+            )
+        for field_of_prompt in sorted(row.keys() & _PROMPT_FIELDS):
+            raise ValueError(
+                f"Field {field_of_prompt!r} would change the prompt, and only 'messages' are read. Write what it says "
+                "into a system turn, or train with TRL on rows of this form."
+            )
+        messages = row["messages"]
+        last = messages[-1] if isinstance(messages, list) and messages else None
+        if (
+            not isinstance(last, dict)
+            or last.keys() != {"role", "content"}
+            or last["role"] != "assistant"
+            or not isinstance(last["content"], str)
+        ):
+            raise ValueError(
+                "Field 'messages': the last turn must be the answer, "
+                f'{{"role": "assistant", "content": ...}} and nothing else, not {last!r:.80}.'
+            )
         return cls.from_row(
             {
                 "id": id,
@@ -97,6 +126,10 @@ class Sample:
                 "seed": 0,
             }
         )
+
+
+def _is_prompt_completion(row: dict[str, Any]) -> bool:
+    return {"prompt", "completion"} <= row.keys()
 
 
 def _is_integer(value: Any) -> bool:
