@@ -6,7 +6,14 @@ import os
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import (
+    AutoPeftModelForCausalLM,
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    set_peft_model_state_dict,
+)
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -186,6 +193,27 @@ def test_a_state_dict_with_broken_scales_is_refused():
     with pytest.raises(ValueError, match=r"have shape \(4, 12\), but the base model needs \(4,\)"):
         set_peft_model_state_dict(model, wider)
     assert torch.equal(logits(model), before)
+
+
+def test_layers_that_a_file_lacks_do_not_keep_what_was_there_before(tmp_path):
+    adapted("llama", layers_to_transform=[1]).save_pretrained(tmp_path)
+    expected = logits(PeftModel.from_pretrained(base_model("llama"), tmp_path))
+
+    model = adapted("llama", seed=2)
+    before = logits(model)
+    result = model.load_adapter(tmp_path, "default")
+    assert any(".layers.0." in key for key in result.missing_keys)
+    assert torch.equal(logits(model), expected) and not torch.equal(before, expected)
+
+    refilled = adapted("llama", seed=2)
+    weights, _ = take_settings(load_file(tmp_path / WEIGHTS))
+    set_peft_model_state_dict(refilled, weights)
+    assert torch.equal(logits(refilled), expected)
+
+    own = base_model("llama")  # transformers' own call takes no name twice
+    own.load_adapter(str(tmp_path))
+    with pytest.raises(ValueError, match="already exists"):
+        own.load_adapter(str(tmp_path))
 
 
 @both_ways_to_load

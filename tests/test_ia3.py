@@ -12,7 +12,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import ARCHITECTURES, adapted, base_model, draw_scales, llama, logits, seal_layers
-from seal_peft import SealConfig, add_beside, export_ia3, import_ia3
+from seal_peft import SealConfig, add_beside, export_ia3, import_ia3, set_strength
 
 ROUND_TRIP = ["llama", "gemma3_text", "deepseek_v3", "gpt2", "opt", "gpt_neox", "llava-clip"]
 granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
@@ -38,6 +38,14 @@ def test_an_exported_adapter_is_a_stock_ia3_adapter(name, granularity, tmp_path)
     assert loaded.peft_config["default"].peft_type == "IA3"
     torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
     torch.testing.assert_close(logits(loaded.merge_and_unload()), logits(model), rtol=0, atol=2e-5)
+
+
+def test_a_strength_goes_into_the_exported_factors(tmp_path):
+    model = adapted("llama", sites=("output", "query"))
+    set_strength(model, -0.5)
+    export_ia3(model, tmp_path)
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path)
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("name", ["qwen2", "phi3", "gpt2", "falcon-new-decoder"])

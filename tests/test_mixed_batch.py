@@ -257,3 +257,11 @@ def test_a_single_name_is_not_a_list_of_names():
     model = adapted("llama", "head").eval()
     with pytest.raises(TypeError, match="one adapter name per row"):
         model(INPUT_IDS, adapter_names="default")
+
+
+def test_names_that_skip_the_wrapper_are_refused_not_ignored():
+    model = adapted("llama", "head").eval()
+    for inner in (model.base_model, model.get_base_model()):
+        with pytest.raises(ValueError, match="called without it"):
+            inner(INPUT_IDS, adapter_names=["default", "__base__"])
+    assert torch.equal(model.base_model(INPUT_IDS).logits, model(INPUT_IDS).logits)

@@ -37,6 +37,8 @@ def export_ia3(
 ) -> Path:
     """Write a SEAL adapter as an IA3 adapter, which PEFT loads without this package and with equal logits.
 
+    A strength that was set on the model (`set_strength`) goes into the factors, which are `1 + alpha * (s - 1)`.
+
     Args:
         model: A model with a SEAL adapter, or an adapter folder on disk.
         output_dir: Folder of the IA3 adapter.
@@ -170,7 +172,8 @@ def _seal_in_model(model: Any, adapter_name: str) -> tuple[SealConfig, dict[str,
     state, _ = take_settings(get_peft_model_state_dict(model, adapter_name=adapter_name))
     # Models that got the adapter by transformers' own calls have no wrapper, and its files no prefix.
     state = {_PREFIX + name.removeprefix(_PREFIX): value for name, value in state.items()}
-    state |= {f"{_PREFIX}{name}{SCALES}": layer.values(adapter_name) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        state[f"{_PREFIX}{name}{SCALES}"] = layer.seal_alpha[adapter_name] * layer.values(adapter_name)
     return config, state, sizes, conv1d
 
 

@@ -18,7 +18,7 @@ from .config import SealConfig, Site
 from .geometry import HeadGeometry
 from .kept import KeptScale
 from .offset import ScaleOffset
-from .quantized import check_gradients_flow, merge_quantized, restore_snapshot, take_snapshot
+from .quantized import check_format, check_gradients_flow, merge_quantized, restore_snapshot, take_snapshot
 from .scale import apply_scale
 
 # Spread of the random scales when `init_weights=False`; only tests want them.
@@ -219,12 +219,6 @@ class Linear(nn.Module, SealLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.seal_delta]
         if not names:
             return
-        backend = self.quantization_backend
-        if backend is not None and not backend.supports_merge:
-            raise ValueError(
-                f"Scales cannot be merged into {backend.backend_name} weights. Keep the adapter unmerged, which runs "
-                "on any quantised base, or load the base model unquantised."
-            )
         self.check_can_merge(names)
         if self.rope is not None:
             self.rope.wanted([*names, *self.active_adapters, *self.merged_adapters])
@@ -257,6 +251,8 @@ class Linear(nn.Module, SealLayer):
     def check_can_merge(self, adapter_names: Sequence[str]) -> None:
         """Raise a ValueError if scales of these adapters cannot become part of the weight."""
         check_can_merge(self)
+        if any(name in self.seal_delta for name in adapter_names):
+            check_format(self.get_base_layer(), self.quantization_backend)
 
     @torch.no_grad()
     def _write_scaled(self, adapter_names: list[str]) -> list[Tensor]:

@@ -25,7 +25,7 @@ from .query import QueryLinear, QueryNorm
 from .rows import refuse_names, scaled_rows, stop_refusing_names
 from .scales import layers_with
 from .targets import check_targets, check_untied, geometry_of, is_target
-from .weights import add_settings, check_settings, take_settings
+from .weights import add_settings, check_scales, check_settings, take_settings
 
 
 class SealModel(BaseTuner):
@@ -117,7 +117,7 @@ class SealModel(BaseTuner):
         rope = position_switch(model)
         wanted = positions.wanted(rope, self.peft_config[adapter_name], model)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        refuse_names(model)
+        refuse_names(model, self)
         if rope is not None:
             positions.connect(rope, model, self.peft_config, adapter_name, wanted)
 
@@ -271,7 +271,7 @@ class SealModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SealConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Map saved keys to the model's, refusing what would give wrong logits.
+        """Map saved keys to the model's, refusing what would give wrong logits; missing scales become the identity.
 
         Raises:
             ValueError: A scale is not finite or not of its layer's shape, or the weights are of another config.
@@ -280,20 +280,8 @@ class SealModel(BaseTuner):
         remapped, settings = take_settings(remapped)  # a module that expects them gets and checks them itself
         check_settings(config, settings)
         own = {name: param for name, param in model.named_parameters() if f".{cls.prefix}" in name}
-        for name, value in remapped.items():
-            if name not in own and f"base_model.model.{name}" in own:
-                name = f"base_model.model.{name}"
-            if name not in own:
-                continue
-            if value.shape != own[name].shape:
-                raise ValueError(
-                    f"The adapter's scales for {name} have shape {tuple(value.shape)}, but the base model needs "
-                    f"{tuple(own[name].shape)} (heads, or heads x head_dim). Load the adapter on the model that it "
-                    "was trained on, with the granularity that it was trained with."
-                )
-            if not torch.isfinite(value).all():
-                raise ValueError(
-                    f"The adapter holds NaN or infinite scales ({name}). Its file is broken or its training "
-                    "diverged; do not use it."
-                )
+        given = check_scales(remapped, own)
+        for name in own.keys() - given:
+            if name.endswith(f".seal_delta.{adapter_name}.weight"):
+                nn.init.zeros_(own[name])  # an adapter of this name may have been there; PEFT reports missing keys
         return remapped

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from .layer import SealLayer
 
 
+_PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
 class Snapshot(NamedTuple):
     """What merging into a quantised layer replaces. The tensors are held, not copied: merging writes none in place.
 
@@ -80,6 +83,30 @@ def check_gradients_flow(base: nn.Module) -> None:
         raise RuntimeError(
             "bitsandbytes has repacked the 4-bit weights of this model for inference on the CPU, and no gradient "
             "flows through that layout. Load the base model anew and train before any inference, or train on a GPU."
+        )
+
+
+def check_format(base: nn.Module, backend: Any) -> None:
+    """Refuse to merge into a weight that nobody here can write.
+
+    PEFT finds no backend for formats that it does not know (quanto, compressed-tensors, fp8) and for those whose
+    library is missing. Their weights are no plain parameters, and writing a product into one gives other numbers.
+
+    Raises:
+        ValueError: PEFT's backend does not merge, or there is none and the weight is no plain floating-point one.
+    """
+    if backend is not None:
+        name = None if backend.supports_merge else backend.backend_name
+    else:
+        weight: Any = getattr(base, "weight", None)
+        plain = type(weight).__name__ in ("Parameter", "Tensor", "DTensor") and weight.dtype in _PLAIN
+        quantised = hasattr(base, "quantization_scheme") or hasattr(base, "qweight")
+        name = type(base).__name__ if quantised or not (plain or weight is None) else None
+        name = f"quantised {name}" if name else None
+    if name:
+        raise ValueError(
+            f"Scales cannot be merged into {name} weights. Keep the adapter unmerged, which runs on any quantised "
+            "base, or load the base model unquantised."
         )
 
 

@@ -180,13 +180,15 @@ def _on_expansion(base: nn.Module, repeat: Callable[[int], None]) -> Iterator[No
         vars(base).update(own)
 
 
-def refuse_names(model: nn.Module) -> None:
-    """Let a base model refuse `adapter_names`, which PEFT's wrapper takes out before it calls it.
+def refuse_names(*models: nn.Module) -> None:
+    """Let a base model and its tuner refuse `adapter_names`, which PEFT's wrapper takes out before it calls them.
 
     Models that got their adapters by transformers' own calls have no wrapper, and would ignore them without a word.
+    So would `peft_model.base_model`, which calls the base model's `forward` without its hooks.
     """
-    if _REFUSAL not in vars(model):
-        vars(model)[_REFUSAL] = model.register_forward_pre_hook(_refuse_names, with_kwargs=True)
+    for model in models:
+        if _REFUSAL not in vars(model):
+            vars(model)[_REFUSAL] = model.register_forward_pre_hook(_refuse_names, with_kwargs=True)
 
 
 def stop_refusing_names(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -97,6 +97,37 @@ def checked_weights(config: SealConfig, weights: dict[str, Tensor]) -> dict[str,
     return {
         name: only_chosen(config, name, value) if name.endswith(SCALES) else value for name, value in weights.items()
     }
+
+
+def check_scales(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of a model's scales that are among some weights.
+
+    Args:
+        weights: What was read, by the names of a `PeftModel` or of a model without that wrapper.
+        own: The scales of the model.
+
+    Raises:
+        ValueError: A scale is not finite or not of its layer's shape.
+    """
+    given = set()
+    for name, value in weights.items():
+        if name not in own and f"base_model.model.{name}" in own:
+            name = f"base_model.model.{name}"
+        if name not in own:
+            continue
+        given.add(name)
+        if value.shape != own[name].shape:
+            raise ValueError(
+                f"The adapter's scales for {name} have shape {tuple(value.shape)}, but the base model needs "
+                f"{tuple(own[name].shape)} (heads, or heads x head_dim). Load the adapter on the model that it "
+                "was trained on, with the granularity that it was trained with."
+            )
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"The adapter holds NaN or infinite scales ({name}). Its file is broken or its training "
+                "diverged; do not use it."
+            )
+    return given
 
 
 def check_settings(config: SealConfig, packed: Tensor | None, names: Collection[str] = MEANING) -> None:
