@@ -3,11 +3,12 @@
 `pyproject.toml` holds the rest: warnings are errors, and sockets open to this machine only.
 """
 
+# ruff: noqa: E402
 import gc
 import importlib.util
 import os
 
-gc.disable()  # what is imported and collected stays: see `pytest_collection_finish`
+gc.disable()  # until all is imported and collected: see `pytest_collection_finish`
 
 # Torch and the Hugging Face libraries read these once, at import, so they come first. Subprocesses inherit them.
 os.environ.update(
@@ -101,7 +102,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Hides modules and tests from the garbage collector, which would spend a sixth of the run on walking over them."""
+    """Hides modules and tests from the garbage collector, which would walk over them for a sixth of the run."""
     gc.freeze()
     gc.enable()
 
