@@ -8,6 +8,9 @@ FLOOR ?= $(VENV)-floor
 QUANTIZED ?= $(VENV)-quantized
 PEFT_SOURCE ?= $(VENV)/peft-source
 
+# Tests are compiled once, also where the environment forbids it: else each worker of each run does it, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := test
 .PHONY: install demo test test-floor test-quantized test-peft quality docs bench results results-check clean
 
