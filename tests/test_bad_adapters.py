@@ -167,8 +167,9 @@ def test_a_file_of_another_granularity_than_its_config_is_refused(load, granular
 
 
 def test_scales_of_another_length_than_the_config_says_are_refused(saved):
-    tensors = {key: value[:3].clone() for key, value in load_file(saved / WEIGHTS).items()}
-    save_file(tensors, saved / WEIGHTS, {"format": "pt"})
+    tensors = load_file(saved / WEIGHTS)
+    short = {key: value[:3].clone() if value.is_floating_point() else value.clone() for key, value in tensors.items()}
+    save_file(short, saved / WEIGHTS, {"format": "pt"})
     assert_refused(load_fresh, saved, r"have shape \(3,\), which does not fit its config")
 
 
