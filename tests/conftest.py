@@ -76,7 +76,7 @@ def _same_seed_for_every_test() -> None:
 # A worker takes whole files. These take long, so they come first, lest one worker end minutes after the other.
 SLOW_FILES = (
     "test_demo",
-    "test_beside_lora",
+    "test_beside_lora_saved",
     "test_train",
     "test_evaluate_restarts",
     "test_examples",
