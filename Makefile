@@ -9,6 +9,9 @@ QUANTIZED ?= $(VENV)-quantized
 AXOLOTL ?= $(VENV)-axolotl
 PEFT_SOURCE ?= $(VENV)/peft-source
 
+# Tests are compiled once, also where the environment forbids it: else each worker of each run does it, for seconds.
+export PYTHONDONTWRITEBYTECODE :=
+
 .DEFAULT_GOAL := test
 .PHONY: install demo test test-floor test-quantized test-axolotl test-peft test-package quality docs bench results
 .PHONY: results-check clean

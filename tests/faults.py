@@ -13,6 +13,11 @@ def die(*args: Any, **kwargs: Any) -> None:
 
 def in_a_process_of_its_own(action: Callable[[], Any]) -> int:
     """Run something in a fork, which takes its patches with it; return the signal that killed it, or 0."""
+    return signal_that_ended(start(action))
+
+
+def start(action: Callable[[], Any]) -> int:
+    """Start something in a fork and return its process id."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks of processes with threads
         child = os.fork()
@@ -23,6 +28,11 @@ def in_a_process_of_its_own(action: Callable[[], Any]) -> int:
             code = 0
         finally:
             os._exit(code)
+    return child
+
+
+def signal_that_ended(child: int) -> int:
+    """Wait for the end of a fork; return the signal that killed it, or 0. Any other end is an error."""
     status = os.waitpid(child, 0)[1]
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
     return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0

@@ -2,6 +2,7 @@
 
 import functools
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -58,6 +59,14 @@ def python(code: str, *words: object, environment: dict[str, str] | None = None,
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", **(environment or {})}
     command = [sys.executable, "-c", code, *map(str, words)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False, **options)
+
+
+def run_script(script: Path, *words: object) -> None:
+    """Run a script in this process as `python script words` would in its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(script.parent)
+        patch.setattr(sys, "argv", [str(script), *map(str, words)])
+        runpy.run_path(str(script), run_name="__main__")
 
 
 def error_of(capsys: pytest.CaptureFixture[str]) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import runpy
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from seal_peft import SealConfig
 from seal_peft.data import write_samples
 from seal_peft.generation import generate_answers
 from seal_peft.tokens import encode_prompt
-from stages import save_model, some_samples
+from stages import run_script, save_model, some_samples
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -29,19 +28,11 @@ def words_of(settings: dict[str, object]) -> list[str]:
     return words
 
 
-def run(monkeypatch: pytest.MonkeyPatch, script: str, *words: object) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    monkeypatch.setattr(sys, "argv", [str(SCRIPTS / script), *map(str, words)])
-    runpy.run_path(str(SCRIPTS / script), run_name="__main__")
-
-
-def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(tmp_path: Path) -> None:
     sizes = {"lengths": [300, 330], "num_samples": 2, "contexts": 1, "check_heads": 2, "generate_heads": 0}
     sizes |= {"train_lengths": [300], "num_train_samples": 1, "num_test_samples": 1, "dtype": "float32"}
     words = words_of({"model": save_model(tmp_path / "model"), "output_dir": tmp_path, **sizes})
-    run(monkeypatch, "heads.py", *words)
+    run_script(SCRIPTS / "heads.py", *words)
     maps, speed, quadrants = (
         json.loads((tmp_path / f"heads-{part}.json").read_text())["results"] for part in ("maps", "speed", "quadrants")
     )
@@ -53,10 +44,10 @@ def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(
             assert values["noise"]["same"] == 1.0
     pieces = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speed").iterdir()}
     assert len(pieces) == 2 * 3  # times, and two kinds of contexts, at each length
-    run(monkeypatch, "heads.py", *words, "--parts", "speed")
+    run_script(SCRIPTS / "heads.py", *words, "--parts", "speed")
     assert {path.name: path.stat().st_mtime_ns for path in (tmp_path / "speed").iterdir()} == pieces
     with pytest.raises(SystemExit, match="was measured with .*'check_heads': 2"):
-        run(monkeypatch, "heads.py", *words, "--parts", "speed", "--check_heads", 3)
+        run_script(SCRIPTS / "heads.py", *words, "--parts", "speed", "--check_heads", 3)
     (table,) = filled("results/heads-quadrants.json", json.loads((tmp_path / "heads-quadrants.json").read_text()))
     assert "| system | accuracy at 300 | nats at 300 |" in table
     systems = {cell["system"] for cell in quadrants["logprob"]}
@@ -101,7 +92,7 @@ def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
         write_samples(tmp_path / f"lines-{split}.jsonl", made)
     systems = ["base", "self-extend+seal-c+temperature"]
     settings = {"folder": tmp_path, "model": model, "tasks": "lines", "systems": systems, "batch_tokens": 700}
-    run(monkeypatch, "context.py", "work", *words_of(settings))
+    run_script(SCRIPTS / "context.py", "work", *words_of(settings))
     folders = {system: tmp_path / "lines" / system for system in systems}
     whole = {system: json.loads((folder / "answers.json").read_text()) for system, folder in folders.items()}
     weights = (folders[systems[1]] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
@@ -109,13 +100,13 @@ def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
     (folders["base"] / "answers.json").write_text(json.dumps(dict(list(whole["base"].items())[:2])))
     for folder in folders.values():
         (folder / "asked.json").unlink()
-    run(monkeypatch, "context.py", "work", *words_of(settings))
+    run_script(SCRIPTS / "context.py", "work", *words_of(settings))
     assert {system: json.loads((f / "answers.json").read_text()) for system, f in folders.items()} == whole
     assert (folders[systems[1]] / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == weights
     first = next(iter(whole["base"]))  # the longest
     right = {**whole["base"], first: {**whole["base"][first], "score": 1.0}}
     (folders["base"] / "answers.json").write_text(json.dumps(right))
-    run(monkeypatch, "context.py", "merge", *words_of({**settings, "output": tmp_path / "out.json"}))
+    run_script(SCRIPTS / "context.py", "merge", *words_of({**settings, "output": tmp_path / "out.json"}))
     result = json.loads((tmp_path / "out.json").read_text())
     assert [cell["n"] for cell in result["tasks"]["lines"]["cells"] if cell["depth"] is None] == [2, 2, 2, 2]
     assert result["training"][f"lines, {systems[1]}"]["samples"] == 2

@@ -8,6 +8,7 @@ import shutil
 import signal
 from dataclasses import replace
 from functools import wraps
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PromptTuningConfig, get_peft_model
 from safetensors.torch import load, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationMixin, GPT2Config, LlamaForCausalLM
 
 import models
 import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
+from faults import die, in_a_process_of_its_own
 from seal_peft import SealConfig, assets
 from seal_peft.data import make_samples, prompt_hash, read_samples, write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
@@ -33,7 +35,7 @@ from seal_peft.report import ReportArguments, report
 from seal_peft.systems import name_systems
 from seal_peft.tasks import haystacks
 from seal_peft.tasks import metrics as score
-from stages import WINDOW, error_of, python, save_model, save_samples, seal, some_samples
+from stages import WINDOW, error_of, save_model, save_samples, seal, some_samples
 
 ADAPTERS = {
     "seal": SealConfig(task_type="CAUSAL_LM", granularity="channel"),
@@ -215,25 +217,22 @@ def test_finished_answers_are_kept_and_only_missing_ones_are_made(
     assert all(straight[key] == answer for key, answer in made.items())
 
 
-def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(house: Path, tmp_path: Path) -> None:
-    code = """
-import os, signal, sys, torch
-from transformers import GenerationMixin
-from seal_peft.cli import main
-def generate(self, *words, calls=[], generate=GenerationMixin.generate, **named):
-    calls.append(1)
-    if len(calls) == 3:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return generate(self, *words, **named)
-GenerationMixin.generate = generate
-main(sys.argv[1:])
-"""
+def test_a_killed_evaluation_goes_on_and_ends_with_the_same_bytes(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, generate = count(1), GenerationMixin.generate
+
+    def die_at_the_third(*words: Any, **named: Any) -> Any:
+        return (die if next(calls) == 3 else generate)(*words, **named)
+
     words = [
         *("evaluate", "--model_name_or_path", house / "model", "--test_file", house / "test.jsonl"),
         *("--adapters", house / "seal", house / "lora", "--dtype", "float32", "--max_new_tokens", 6),
         *("--per_device_eval_batch_size", 2, "--output_dir"),
     ]
-    assert python(code, *words, tmp_path / "killed").returncode == -signal.SIGKILL
+    with monkeypatch.context() as patch:
+        patch.setattr(GenerationMixin, "generate", die_at_the_third)
+        assert in_a_process_of_its_own(lambda: seal(*words, tmp_path / "killed")) == signal.SIGKILL
     assert len(rows_of(tmp_path / "killed")) == 4
     assert not (tmp_path / "killed" / "metrics.json").exists()
     assert seal(*words, tmp_path / "killed") == 0

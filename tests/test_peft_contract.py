@@ -1,7 +1,8 @@
 """What PEFT's own suite asks of every method, for SEAL over decoders and a model that is not from transformers.
 
 PEFT's test (`tests/testing_common.py`, then `tests/test_custom_models.py`) -> ours. Names without a file are below;
-`verbs` is `test_peft_verbs.py`, `arch` `test_architectures.py`, `rest` `test_peft_contract_more.py`.
+`verbs` is `test_peft_verbs.py` and `test_training.py`, `arch` `test_architectures.py`, `rest`
+`test_peft_contract_more.py`.
 
     model_attr, adapter_name           -> test_parameters_and_files_carry_the_name_of_the_adapter
     prepare_for_training               -> rest: test_a_prepared_model_passes_gradients_to_its_inputs

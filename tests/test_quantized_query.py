@@ -7,9 +7,9 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from models import HEADS, INPUT_IDS, draw_scales, llama, logits, seal_layers
+from quantized_models import FORMATS, HEAD_DIM, _torchao_config, codes, dequantised, every_format, stored
 from seal_peft import SealConfig
 from seal_peft.tuner.query import QueryLinear
-from test_quantized import FORMATS, HEAD_DIM, _torchao_config, codes, dequantised, every_format, stored
 
 ROUNDS = ["bnb-int8", "torchao-int8", "hqq-outputs"]
 

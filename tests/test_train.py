@@ -1,12 +1,9 @@
 """Training: what it writes, that it learns scales and only scales, and that no interrupt changes the outcome."""
 
 import json
-import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +16,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 
 import models
+from faults import die, in_a_process_of_its_own
+from processes import seal_in_two_processes
 from seal_peft import SealConfig, scales
 from seal_peft.data import read_samples, trained_prompts, write_samples
 from seal_peft.dataset import training_rows
@@ -27,7 +26,7 @@ from seal_peft.heads import find_heads, save_head_scales
 from seal_peft.tokens import encode_training
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
 from seal_peft.tuner.weights import take_settings
-from stages import error_of, python, save_model, save_samples, seal, some_samples
+from stages import error_of, save_model, save_samples, seal, some_samples
 
 SETTINGS: dict[str, Any] = {"learning_rate": 0.05, "max_steps": 6, "save_steps": 2, "disable_tqdm": True}
 
@@ -210,23 +209,10 @@ def test_two_settings_of_the_memory_are_refused(house: Path, tmp_path: Path) -> 
 
 
 def test_two_processes_learn_what_one_learns_from_twice_the_batch(house: Path, tmp_path: Path) -> None:
-    words = [
-        "train",
-        "--model_name_or_path",
-        house / "model",
-        "--train_file",
-        house / "train.jsonl",
-        "--dtype",
-        "float32",
-    ]
-    words += ["--recipe", "paper", "--max_steps", "3", "--save_steps", "9", "--disable_tqdm", "true", "--output_dir"]
-    # Without GPUs this launcher starts processes on the CPU; `--cpu` starts a single one (accelerate 1.15).
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
-    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
-    command = [*launch, "-m", "seal_peft", *words, tmp_path / "two"]
-    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
-    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, check=False)
-    assert ended.returncode == 0, ended.stderr
+    words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl"]
+    words += ["--dtype", "float32", "--recipe", "paper", "--max_steps", "3", "--save_steps", "9"]
+    words += ["--disable_tqdm", "true", "--output_dir"]
+    seal_in_two_processes(*words, tmp_path / "two")
     assert seal(*words, tmp_path / "one", "--per_device_train_batch_size", 2) == 0
     for name, weight in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-4, atol=1e-6)
@@ -280,23 +266,17 @@ def test_an_interrupted_training_goes_on_and_ends_with_the_same_weights(
 
 
 def test_a_killed_training_goes_on_and_ends_with_the_same_weights(
-    house: Path, uninterrupted: Path, tmp_path: Path
+    house: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    code = """
-import os, signal, sys, transformers
-from seal_peft.cli import main
-class Kill(transformers.TrainerCallback):
-    def on_save(self, args, state, control, **kwargs):
-        os.kill(os.getpid(), signal.SIGKILL)
-transformers.trainer.DEFAULT_CALLBACKS.append(Kill)
-main(sys.argv[1:])
-"""
     words = [
         *("train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl"),
         *("--output_dir", tmp_path, "--dtype", "float32", "--recipe", "default"),
         *(f"--{name}={value}" for name, value in SETTINGS.items()),
     ]
-    assert python(code, *words).returncode == -signal.SIGKILL
+    killing = type("Kill", (TrainerCallback,), {"on_save": die})
+    with monkeypatch.context() as patch:
+        patch.setattr(transformers.trainer, "DEFAULT_CALLBACKS", [*transformers.trainer.DEFAULT_CALLBACKS, killing])
+        assert in_a_process_of_its_own(lambda: seal(*words)) == signal.SIGKILL
     assert not (tmp_path / "run.json").exists()
     assert seal(*words) == 0
     assert run_of(tmp_path)["resumed_from"] == str(tmp_path / "checkpoint-2")
