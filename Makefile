@@ -30,7 +30,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 demo: $(INSTALLED)
 	$(BIN)/seal-peft demo --output_dir runs/demo
 
-# Two single-threaded workers; a file stays on one worker, so that its module fixtures are made once. `test-peft` runs
+# Two single-threaded workers; a file stays on one worker, so that its module fixtures are made once. `test-peft`
 # and `test-package` run the files that are left out.
 SUITE := -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore=tests/test_lift.py --ignore=tests/test_install.py
 

@@ -380,7 +380,7 @@ def test_a_plain_trainers_rows_are_checked_against_what_the_model_reads_with_its
     ("rows", "complaint"),
     [
         ("", "There are no samples"),
-        ("{}\n", "line 1: Field 'id' is missing"),
+        ("{}\n", "line 1: Field 'messages' is missing"),
         (None, "There is no file .*train.jsonl. Give a JSONL file"),
         (some_samples("test"), "Sample .lines-test-.* is of the test split.* `seal-peft make-data --split train`"),
     ],
