@@ -138,6 +138,8 @@ def test_only_the_language_part_of_a_multimodal_model_is_touched():
         ({"rope_type": "yarn"}, "factor"),
         ({"rope_type": "linear", "factor": 0.5}, "factor=0.5 is not allowed"),
         ({"rope_type": "linear", "factor": True}, "factor=True is not allowed"),
+        ({"factor": 4.0}, r"'default' does nothing with \['factor'\]. Give another rope_type"),
+        ({"rope_type": "yarn", "factor": 4.0, "faktor": 4.0}, r"No RoPE takes \['faktor'\]"),
         ({"rope_type": "ntk"}, "takes a factor"),
         ({**NTK, "beta_fast": 3}, "takes a factor"),
         (

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 _MAX, _NATIVE = "max_position_embeddings", "original_max_position_embeddings"
 # What one type of scaling brings and another does not want; everything else (base, partial rotation) stays.
@@ -189,9 +189,14 @@ def _resolve(
         raise ValueError(
             f"rope_type={kind!r} is not known. This version of transformers, and this package, know {known}."
         )
+    new = {name for name, value in request.items() if value != own.get(name)}
+    if unknown := sorted(new - _SCALING - {*own, *RopeParameters.__annotations__}):
+        raise ValueError(f"No RoPE takes {unknown}, which rope_parameters has. Correct the name, or leave it out.")
     factor = request.get("factor", 1.0)
     if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
         raise ValueError(f"factor={factor!r} is not allowed in rope_parameters. Use a number of at least 1.")
+    if kind == "default" and (idle := sorted(new & _SCALING - {"rope_type", _NATIVE})):
+        raise ValueError(f"rope_type='default' does nothing with {idle}. Give another rope_type, 'yarn' say: {known}.")
     for name in ("short_factor", "long_factor"):
         if len(request.get(name, [0] * (dim // 2))) != dim // 2:
             raise ValueError(
