@@ -195,6 +195,7 @@ def test_the_quickstart_of_the_readme_is_short() -> None:
 # Errors of others that SEAL's users meet, and where they come from.
 UPSTREAM = {
     "KeyError: 'SEAL'": "tests/test_transformers_api.py",
+    "module 'seal_peft' has no attribute": "Python, where a folder of that name lies beside the script",
     "Cannot combine adapters with different peft types": "peft, in tests/test_bad_adapters.py",
     "Repo id must be in the form": "transformers, in tests/test_bad_adapters.py",
     "Unable to fetch remote file": "peft, where there is no network",
