@@ -183,6 +183,6 @@ def _unknown_architecture(model: nn.Module, model_config: dict[str, Any]) -> str
         f"SEAL does not know where the attention heads of model type '{model_config.get('model_type', 'custom')}' "
         f"are. Attention modules found: {found}. Pass SealConfig(target_modules=[...]) with the name of the "
         "projection that reads the concatenated heads (often `o_proj`, `out_proj` or `dense`), and "
-        "`num_attention_heads` or `head_dim` if the module does not tell them. A model without attention has no heads to "
-        "scale."
+        "`num_attention_heads` or `head_dim` if the module does not tell them. A model without attention "
+        "has no heads to scale."
     )
