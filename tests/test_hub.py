@@ -444,6 +444,7 @@ def test_the_trainers_own_push_and_token_flags_are_refused(
     words = ["train", "--model_name_or_path", house / "model", "--train_file", "t", "--output_dir", tmp_path / "new"]
     assert seal(*words, "--hub_token", TOKEN) == 2
     assert seal(*words, "--push_to_hub", "true") == 2
+    assert seal("push", "--adapter", tmp_path, "--repo_id", REPO, "--token", TOKEN) == 2
     shown = capsys.readouterr().err
     assert "seal-peft push" in shown
     assert TOKEN not in shown
