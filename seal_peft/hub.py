@@ -136,9 +136,9 @@ def push(
     card = render_card(folder, run, facts)
     if "seal_peft" not in ModelCard(card).text:
         warnings.warn(
-            f"{folder / CARD_NAME} is kept as its author's own, but says nothing of seal_peft, without which nobody can "
-            "load the adapter. Write `import seal_peft` into its code, or delete the file, and push again: without it "
-            "you get the card of seal_peft.",
+            f"{folder / CARD_NAME} is kept as its author's own, but says nothing of seal_peft, without which nobody "
+            "can load the adapter. Write `import seal_peft` into its code, or delete the file, and push again: "
+            "without it you get the card of seal_peft.",
             stacklevel=2,
         )
     with replacing(folder / CARD_NAME) as file:
