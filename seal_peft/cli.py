@@ -6,12 +6,13 @@ import argparse
 import dataclasses
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 import yaml
@@ -243,8 +244,15 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return action.help if action.default in (None, []) else super()._get_help_string(action)
 
 
+class _Parser(HfArgumentParser):
+    """Repeats no token of the Hub that stands behind a flag there is not: what a stage prints is kept in logs."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(re.sub(r"\bhf_\w+", "hf_...", message))
+
+
 def _stage_parser(name: str, stage: Stage) -> HfArgumentParser:
-    parser = HfArgumentParser(
+    parser = _Parser(
         stage.arguments,
         prog=f"seal-peft {name}",
         usage=stage.example,

@@ -6,6 +6,7 @@ seal-peft evaluate --model_name_or_path smollm2 --adapters runs/demo/adapter --t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -15,7 +16,7 @@ from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .data import read_samples
-from .files import write_json
+from .files import alone_in, write_json
 from .folders import check_output_folder
 from .generation import generate_answers, make_batches
 from .guard import Guard, make_guard, summarise_guard, window_losses
@@ -100,7 +101,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
     Raises:
         ValueError: Bad rows, names, lengths or adapters, samples that an adapter was trained on, or an output folder
-            of another stage; raised before any model is loaded.
+            of another stage or of a process that is at work; raised before any model is loaded.
     """
     systems = name_systems(arguments.model_name_or_path, arguments.adapters, arguments.models, arguments.skip_base)
     _check_numbers(arguments)
@@ -130,34 +131,37 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     }
     # A process that is done may wait for hours for one that is not.
     processes = PartialState(cpu=pick_device().type == "cpu", timeout=timedelta(days=7))
-    path, number = Path(arguments.output_dir) / "predictions.jsonl", processes.process_index
-    if processes.is_main_process:
-        Predictions(path).keep_only(keys)
-    processes.wait_for_everyone()
-    predictions = Predictions(path, process=number if processes.num_processes > 1 else None)
-    for model in models:
-        sharing = [system for system in systems if system.model == model]
-        _answer_all(sharing, asked, questions[model], batches[model], guard, keys, predictions, arguments)
-    processes.wait_for_everyone()
-    if not processes.is_main_process:
-        return {}
+    folder, first = Path(arguments.output_dir), processes.is_main_process
+    # To the end: a second call would drop rows that the first one counts on.
+    with alone_in(folder) if first else nullcontext():
+        path = folder / "predictions.jsonl"
+        if first:
+            Predictions(path).keep_only(keys)
+        processes.wait_for_everyone()
+        predictions = Predictions(path, process=processes.process_index if processes.num_processes > 1 else None)
+        for model in models:
+            sharing = [system for system in systems if system.model == model]
+            _answer_all(sharing, asked, questions[model], batches[model], guard, keys, predictions, arguments)
+        processes.wait_for_everyone()
+        if not first:
+            return {}
 
-    predictions = Predictions(path)
-    predictions.keep_only(keys)
-    rows = {name: [predictions[key] for key in own[: len(asked)]] for name, own in keys.items()}
-    scores = {name: [row["score"] for row in own] for name, own in rows.items()}
-    own_scores = {name: own[: len(samples)] for name, own in scores.items()}
-    metrics = summarise(samples, own_scores, BASE, arguments.effective_threshold)
-    if more := _more_scores(samples, rows):
-        metrics["more_scores"] = more
-    if arguments.guard:
-        losses = {name: predictions[own[-1]]["losses"] for name, own in keys.items()}
-        essays = {system.name: guard.essays[system.model] for system in systems}
-        short_scores = {name: own[len(samples) :] for name, own in scores.items()}
-        metrics["guard"] = summarise_guard(losses, essays, guard.samples, short_scores, BASE)
-    metrics |= {"windows": windows, **{label: _by_task(samples, label) for label in _LABELS}}
-    metrics |= {"arguments": asdict(arguments), **provenance()}
-    write_json(Path(arguments.output_dir) / "metrics.json", metrics)
+        predictions = Predictions(path)
+        predictions.keep_only(keys)
+        rows = {name: [predictions[key] for key in own[: len(asked)]] for name, own in keys.items()}
+        scores = {name: [row["score"] for row in own] for name, own in rows.items()}
+        own_scores = {name: own[: len(samples)] for name, own in scores.items()}
+        metrics = summarise(samples, own_scores, BASE, arguments.effective_threshold)
+        if more := _more_scores(samples, rows):
+            metrics["more_scores"] = more
+        if arguments.guard:
+            losses = {name: predictions[own[-1]]["losses"] for name, own in keys.items()}
+            essays = {system.name: guard.essays[system.model] for system in systems}
+            short_scores = {name: own[len(samples) :] for name, own in scores.items()}
+            metrics["guard"] = summarise_guard(losses, essays, guard.samples, short_scores, BASE)
+        metrics |= {"windows": windows, **{label: _by_task(samples, label) for label in _LABELS}}
+        metrics |= {"arguments": asdict(arguments), **provenance()}
+        write_json(folder / "metrics.json", metrics)
     return metrics
 
 

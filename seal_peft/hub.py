@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import warnings
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 
 # The type checker sees neither as an explicit export. HTTPError is that of httpx, or of httpx2 in hub 2.x.
 from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -133,6 +134,13 @@ def push(
     picture = plot_scales(scales(folder), folder / _PICTURE) if drawable else None
     facts = CardFacts(repo_id, base, license, datasets or [], metrics, picture.name if picture else None)
     card = render_card(folder, run, facts)
+    if "seal_peft" not in ModelCard(card).text:
+        warnings.warn(
+            f"{folder / CARD_NAME} is kept as its author's own, but says nothing of seal_peft, without which nobody "
+            "can load the adapter. Write `import seal_peft` into its code, or delete the file, and push again: "
+            "without it you get the card of seal_peft.",
+            stacklevel=2,
+        )
     with replacing(folder / CARD_NAME) as file:
         file.write(card)
     files: dict[str, bytes | str] = {

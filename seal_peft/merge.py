@@ -9,7 +9,6 @@ import errno
 import glob
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,7 +26,7 @@ from .loading import (
 from .together import check_together, split_together
 from .tuner import save_adapter
 from .tuner.config import check_sites
-from .tuner.saving import disk_is_full
+from .tuner.saving import disk_is_full, share_as
 
 # Folder, inside that of the merged model, of an adapter with what was not merged.
 REST = "seal_adapter"
@@ -104,6 +103,7 @@ def merge(arguments: MergeArguments) -> Path:
             model.merge_adapter(safe_merge=True, sites=merged_sites)
             merged = model.unload()
         merged.save_pretrained(folder)
+        share_as(folder / "config.json", folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)
     return target
 
@@ -116,9 +116,9 @@ def _appearing(target: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(glob.escape(unfinished) + "*"):
             shutil.rmtree(left, ignore_errors=True)
-        temporary = Path(tempfile.mkdtemp(prefix=unfinished, dir=target.parent))
+        temporary = target.with_name(f"{unfinished}{os.getpid()}")
+        temporary.mkdir()
         yield temporary
-        temporary.chmod(0o755)
         os.rename(temporary, target)
     except Exception as error:
         if not disk_is_full(error):

@@ -204,6 +204,22 @@ def test_one_trainer_trains_both_and_resumes_both(order, shared, tmp_path):
     assert_close(logits(loaded), logits(whole.model.eval()), rtol=0, atol=1e-6)
 
 
+@pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
+def test_a_trainers_checkpoints_are_no_adapters_of_the_pair_beside_them(tmp_path):
+    torch.manual_seed(4)
+    pair = seal_peft.add_beside(get_peft_model(base_model("llama"), SealConfig()), lora_config(), "style")
+    trained = trainer(pair, tmp_path, max_steps=2)
+    trained.train()
+    assert (tmp_path / "checkpoint-2" / "adapter_config.json").is_file()
+    with pytest.raises(ValueError, match="checkpoint is loaded by its own folder"):
+        seal_peft.load_adapters(base_model("llama"), tmp_path)
+    trained.save_model()
+    for folder in (tmp_path, tmp_path / "checkpoint-2"):
+        loaded = seal_peft.load_adapters(base_model("llama"), folder)
+        assert sorted(loaded.active_adapters) == ["default", "style"]
+        assert_close(logits(loaded), logits(trained.model.eval()), rtol=0, atol=1e-6)
+
+
 def test_a_frozen_lora_stays_frozen_while_seal_trains(tmp_path):
     lora = get_peft_model(base_model("llama"), lora_config(), "style")
     lora.save_pretrained(tmp_path)

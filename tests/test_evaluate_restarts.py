@@ -113,6 +113,23 @@ def test_ten_kills_at_random_moments_change_no_number(house: Path, clean: Path, 
     for attempt in range(attempts + 1):
         assert metrics_of(tmp_path / str(attempt)) == metrics_of(clean)
         assert rows_of(tmp_path / str(attempt)) == rows_of(clean)
+        assert not (tmp_path / str(attempt) / ".lock").exists()
+
+
+def test_a_second_evaluation_into_a_folder_at_work_is_refused_and_harms_nothing(
+    house: Path, clean: Path, tmp_path: Path
+) -> None:
+    arguments = arguments_for(house, tmp_path, guard=bool(nvidia.SPEC))
+    child = start(lambda: evaluate(arguments))
+    while not rows_in(tmp_path):
+        time.sleep(0.002)
+    os.kill(child, signal.SIGSTOP)
+    with pytest.raises(ValueError, match=f"Another process is writing to {tmp_path}. Wait"):
+        evaluate(arguments)
+    os.kill(child, signal.SIGCONT)
+    assert signal_that_ended(child) == 0
+    assert metrics_of(tmp_path) == metrics_of(clean)
+    assert rows_of(tmp_path) == rows_of(clean)
 
 
 def test_two_processes_give_the_results_of_one(

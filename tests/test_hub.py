@@ -247,6 +247,29 @@ def test_a_trainers_push_sends_our_card_with_its_record_of_the_training(
         assert str(house).encode() not in online.files(REPO)[name]
 
 
+def test_a_hub_token_of_a_trainer_stays_in_its_folder_and_a_card_without_our_import_is_told(
+    house: Path, online: Hub, tmp_path: Path
+) -> None:
+    base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
+    base.config._name_or_path = base.name_or_path = "someone/tiny"
+    options = {"hub_model_id": "me/theirs", "report_to": "none", "use_cpu": True, "hub_token": TOKEN}
+    model = get_peft_model(base, SealConfig(task_type="CAUSAL_LM"))
+    transformers.Trainer(model, transformers.TrainingArguments(str(tmp_path / "out"), **options)).push_to_hub()
+    # If not, docs/hub.md is out of date.
+    assert [name for name, data in online.files("me/theirs").items() if TOKEN.encode() in data] == [
+        "training_args.bin"
+    ]
+
+    (tmp_path / "out" / "README.md").write_text("---\ntags: [trl]\n---\n# Model Card for sft\n")  # as TRL's trainers
+    with pytest.warns(UserWarning, match="says nothing of seal_peft.* Write `import seal_peft`.* or delete the file"):
+        push(tmp_path / "out")
+    assert TOKEN.encode() not in b"".join([*online.files(REPO).values(), *contents(tmp_path / "cache").values()])
+    assert "# Model Card for sft" in card_of(online).text
+    (tmp_path / "out" / "README.md").unlink()
+    push(tmp_path / "out")
+    assert "import seal_peft" in card_of(online).text
+
+
 def test_an_adapter_of_rope_alone_is_pushed_and_pulled(house: Path, online: Hub, tmp_path: Path) -> None:
     base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)
     config = SealConfig(task_type="CAUSAL_LM", sites=(), rope_parameters={"rope_type": "yarn", "factor": 4.0})
@@ -421,6 +444,7 @@ def test_the_trainers_own_push_and_token_flags_are_refused(
     words = ["train", "--model_name_or_path", house / "model", "--train_file", "t", "--output_dir", tmp_path / "new"]
     assert seal(*words, "--hub_token", TOKEN) == 2
     assert seal(*words, "--push_to_hub", "true") == 2
+    assert seal("push", "--adapter", tmp_path, "--repo_id", REPO, "--token", TOKEN) == 2
     shown = capsys.readouterr().err
     assert "seal-peft push" in shown
     assert TOKEN not in shown

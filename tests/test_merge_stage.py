@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 from pathlib import Path
 
@@ -35,9 +36,18 @@ def save_adapter(folder: Path, model: Path, name: str = "adapter") -> Path:
     return folder / name
 
 
-def test_the_merged_model_is_alone_in_its_folder(house: Path, tmp_path: Path) -> None:
-    merge(MergeArguments(str(house / "adapter"), str(tmp_path / "new" / "merged")))
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_the_merged_model_is_alone_in_its_folder_and_may_be_read_by_whom_the_umask_says(
+    umask: int, house: Path, tmp_path: Path
+) -> None:
+    before = os.umask(umask)
+    try:
+        merged = merge(MergeArguments(str(house / "adapter"), str(tmp_path / "new" / "merged")))
+    finally:
+        os.umask(before)
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["merged"]
+    assert merged.stat().st_mode & 0o777 == 0o777 & ~umask
+    assert {path.stat().st_mode & 0o777 for path in merged.iterdir()} == {0o666 & ~umask}
 
 
 def test_only_the_attention_outputs_of_the_base_change(house: Path, tmp_path: Path) -> None:
@@ -132,7 +142,7 @@ def test_a_full_disk_is_named_and_nothing_is_left(
     places = {
         "model": "transformers.modeling_utils.safe_save_file",
         "tokenizer": "transformers.PreTrainedTokenizerBase.save_pretrained",
-        "folder": "seal_peft.merge.tempfile.mkdtemp",
+        "folder": "seal_peft.merge.Path.mkdir",
     }
 
     def no_space(*args: object, **options: object) -> None:

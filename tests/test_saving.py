@@ -14,12 +14,12 @@ import pytest
 import safetensors.torch
 import torch
 from packaging.version import Version
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel
 from torch import Tensor
 
 from faults import die, in_a_process_of_its_own
 from models import adapted, base_model, logits, seal_layers
-from seal_peft import SealConfig, save_adapter, scales
+from seal_peft import SealConfig, add_beside, save_adapter, scales
 from seal_peft.card import MARKER
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -205,6 +205,23 @@ def test_pickled_weights_that_no_loader_will_read_are_told(tmp_path):
     model = adapted("llama", seed=3)
     with pytest.warns(UserWarning, match="an older adapter_model.safetensors, too, which every loader takes"):
         model.save_pretrained(tmp_path, safe_serialization=False)
+
+
+@pytest.mark.parametrize("call", ["save_adapter", "save_pretrained"])
+def test_whoever_the_umask_lets_read_the_config_may_read_the_weights(call, tmp_path):
+    pair = add_beside(adapted("llama"), LoraConfig(target_modules=["o_proj"]), "style")
+    before = os.umask(0o027)
+    try:
+        if call == "save_adapter":
+            for name in ("default", "style"):
+                save_adapter(pair, tmp_path / name, name)
+        else:
+            pair.save_pretrained(tmp_path, selected_adapters=["default"])
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) >= 3
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
 
 
 def test_a_named_adapter_is_saved_flat(tmp_path):

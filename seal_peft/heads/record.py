@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..files import write_json
 from ..provenance import provenance
+from ..tuner.saving import share_as
 from .layers import Heads
 from .maps import MEANING, as_tensor, compare, summarise
 from .pictures import draw_channels, draw_maps
@@ -64,6 +65,8 @@ def write_score(
         if drawn:
             draw_maps(drawn, heads, folder / f"{name}.png", None if shares else 0.0)
     write_json(folder / f"{name}.json", record)  # last: it says that the rest is there
+    if score.channels:
+        share_as(folder / f"{name}.json", [folder / CHANNELS])
     return record
 
 

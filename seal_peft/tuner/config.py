@@ -15,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from .chosen import check_names
-from .saving import discard_save, finish_save
+from .saving import discard_save, finish_save, share_as
 from .weights import SCALES, check_weights_file, saved_config, take_settings
 
 Granularity = Literal["head", "channel"]
@@ -196,7 +196,7 @@ class SealConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Save the config; a trained adapter gets its model card, too, over the empty form that PEFT writes.
 
-        Each file appears complete, by a rename.
+        Each file appears complete, by a rename. Weights that PEFT wrote before may be read by whoever may read it.
         """
         os.makedirs(save_directory, exist_ok=True)
         discard_save(save_directory)
@@ -205,6 +205,8 @@ class SealConfig(PeftConfig):
             for name in os.listdir(new):
                 os.replace(os.path.join(new, name), os.path.join(save_directory, name))
         weights = [os.path.join(save_directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+        if os.path.isfile(weights[0]):
+            share_as(os.path.join(save_directory, CONFIG_NAME), [weights[0]])
         if all(map(os.path.isfile, weights)) and os.stat(weights[1]).st_mtime_ns > os.stat(weights[0]).st_mtime_ns:
             warnings.warn(
                 f"{save_directory} holds an older {SAFETENSORS_WEIGHTS_NAME}, too, which every loader takes instead "

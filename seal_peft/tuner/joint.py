@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from .model import SealModel
 
+# What a Trainer writes into each of its checkpoints.
+_TRAINER_STATE = "trainer_state.json"
 # What PEFT says when a second method comes to a model; here that is what was asked for.
 _EXPECTED_WARNINGS = ("Already found a `peft_config`", "You are trying to modify a model with PEFT for a second time")
 
@@ -103,7 +105,7 @@ def load_adapters(
     Args:
         base_model: The model that the adapters were trained on; it is modified in place.
         folders: Adapter name -> its folder or Hub id, with at least one SEAL adapter among them; or the one folder
-            that `save_pretrained` or a Trainer wrote all of them to.
+            that `save_pretrained` or a Trainer wrote all of them to, checkpoints left out.
         is_trainable: Whether all of them go on training. `False` freezes them.
 
     Returns:
@@ -170,12 +172,15 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
 
 def _folders_in(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Find what PEFT wrote for a model with several adapters: "default" in the folder itself, others one below."""
-    found = {path.parent.name: str(path.parent) for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))}
+    below = [path.parent for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))]
+    # The adapter that PEFT calls "default" lies in a Trainer's checkpoints, too, as it was earlier in the training.
+    found = {path.name: str(path) for path in below if not (path / _TRAINER_STATE).is_file()}
     found = ({"default": str(folder)} if (Path(folder) / CONFIG_NAME).is_file() else {}) | found
     if not found:
         raise ValueError(
-            f"There is no adapter in {folder}: no {CONFIG_NAME} in it or in a folder below. For adapters on the Hub "
-            'give a dictionary, {"heads": "owner/name", ...}.'
+            f"There is no adapter in {folder}: no {CONFIG_NAME} in it or in a folder below that is no checkpoint. A "
+            "Trainer's checkpoint is loaded by its own folder. For adapters on the Hub give a dictionary, "
+            '{"heads": "owner/name", ...}.'
         )
     return found
 

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -179,6 +179,7 @@ def _replacing(folder: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         new = Path(tempfile.mkdtemp(prefix=_UNFINISHED, dir=folder))
         yield new
+        share_as(new / CONFIG_NAME, new.glob("*.safetensors"))
         os.rename(new, folder / _COMMITTED)
         finish_save(folder)
     except (OSError, SafetensorError) as error:
@@ -186,6 +187,17 @@ def _replacing(folder: Path) -> Iterator[Path]:
     finally:
         if new is not None:
             shutil.rmtree(new, ignore_errors=True)
+
+
+def share_as(neighbour: str | os.PathLike[str], weights: Iterable[str | os.PathLike[str]]) -> None:
+    """Let whoever may read a file read the weights beside it, which safetensors writes for their owner alone.
+
+    Args:
+        neighbour: File that was opened in the ordinary way, so that its mode is what the umask says.
+        weights: Files that safetensors wrote.
+    """
+    for file in weights:
+        shutil.copymode(neighbour, file)
 
 
 def disk_is_full(error: Exception) -> bool:
