@@ -22,6 +22,7 @@ def start(action: Callable[[], Any]) -> int:
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks of processes with threads
         child = os.fork()
     if child == 0:
+        signal.alarm(120)  # a fork of a process with threads may wait for a lock that nobody opens: end as an error
         code = 1
         try:
             action()

@@ -1,30 +1,22 @@
-"""Two processes that compute together. They are forks, which start in milliseconds, with everything imported."""
+"""Two processes that compute together, started by the launcher that the docs name."""
 
 import os
-import socket
-import warnings
-
-from accelerate.state import AcceleratorState, GradientState
-from torch.multiprocessing import start_processes
-
-from seal_peft import cli
+import subprocess
+import sys
 
 
-def seal_in_two_processes(*words: object) -> None:
-    """Run `seal-peft` as `torchrun --nproc_per_node 2 -m seal_peft` does; raise where a process ends with an error."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks of processes with threads
-        start_processes(_seal, args=(port, list(map(str, words))), nprocs=2, start_method="fork")
+def launch_two(*program: object) -> str:
+    """Run `accelerate launch` with two processes on the CPU and return what they print; raise if they fail.
 
-
-def _seal(rank: int, port: int, words: list[str]) -> None:
-    """Run the command line as one of the two, with the variables that `torchrun` sets."""
-    rank_and_size = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    os.environ.update({name: str(value) for name, value in rank_and_size.items()})
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), GLOO_SOCKET_IFNAME="lo")
-    AcceleratorState._reset_state(reset_partial_state=True)  # the tests before this one ran in a single process
-    GradientState._reset_state()
-    raise SystemExit(cli.main(words))
+    Args:
+        program: A script, or `-m` and a module, and its words.
+    """
+    # Without GPUs this launcher starts processes on the CPU; `--cpu` starts a single one (accelerate 1.15).
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launcher += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    launcher += ["--main_process_port", "0"]
+    environment = {**os.environ, "PYTHONWARNINGS": "ignore"}
+    command = [*launcher, *map(str, program)]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout

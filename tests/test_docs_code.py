@@ -36,7 +36,7 @@ NOT_RUN = {
     "pip ": "needs a package index",
     'HF_HUB_OFFLINE=1 python -c "import seal_peft; from lm_eval': "tests/test_lm_eval.py, where lm-eval is installed",
     "python examples/": "tests/test_examples.py; tests/test_serving.py",
-    "accelerate launch --multi_gpu": "tests/test_examples.py; tests/test_train.py, whose two processes are forks",
+    "accelerate launch --multi_gpu": "tests/test_train.py; tests/test_evaluate_restarts.py",
     "PYTHONPATH=examples/axolotl": "tests/test_examples.py, by `make test-axolotl`",
     "transformers serve": "tests/test_serving.py",
     "curl ": "tests/test_serving.py",

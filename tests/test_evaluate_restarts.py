@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 import models
 import nvidia_ruler as nvidia
 from faults import signal_that_ended, start
-from processes import seal_in_two_processes
+from processes import launch_two
 from seal_peft import SealConfig
 from seal_peft.data import write_samples
 from seal_peft.evaluate import EvaluateArguments, evaluate
@@ -133,21 +133,22 @@ def test_a_second_evaluation_into_a_folder_at_work_is_refused_and_harms_nothing(
 
 
 def test_two_processes_give_the_results_of_one(
-    house: Path, clean: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    house: Path, clean: Path, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     # As an interrupted run leaves it: rows in the file of a process, the last one cut off.
     first, second, third = (clean / "predictions.jsonl").read_bytes().splitlines(keepends=True)[:3]
     (tmp_path / "predictions.jsonl").write_bytes(first)
     part = tmp_path / "predictions.process-1.jsonl"
     part.write_bytes(second.replace(b'"answer": "', b'"answer": "made before ') + third[:30])
-    capfd.readouterr()
-    seal_in_two_processes(
-        *("evaluate", "--model_name_or_path", house / "model", "--adapters", house / "seal"),
+    script = tmp_path_factory.mktemp("script") / "evaluate.py"  # the command line, with the small guard
+    script.write_text("from seal_peft import cli, guard\nguard._SAMPLES = 4\nraise SystemExit(cli.main())\n")
+    printed = launch_two(
+        *(script, "evaluate", "--model_name_or_path", house / "model", "--adapters", house / "seal"),
         *("--test_file", house / "test.jsonl", "--output_dir", tmp_path, "--dtype", "float32", "--max_new_tokens", 6),
         *("--per_device_eval_batch_size", 2, *["--guard"] * bool(nvidia.SPEC)),
     )
     # Scores and, with the guard, essays, questions and instructions: by the first process alone.
-    assert capfd.readouterr().out.count("| seal |") == (4 if nvidia.SPEC else 1)
+    assert printed.count("| seal |") == (4 if nvidia.SPEC else 1)
     assert metrics_of(tmp_path) == metrics_of(clean)
     assert {path.name for path in tmp_path.iterdir()} == {"predictions.jsonl", "metrics.json"}
     rows, expected = rows_of(tmp_path), rows_of(clean)

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCa
 
 import models
 from faults import die, in_a_process_of_its_own
-from processes import seal_in_two_processes
+from processes import launch_two
 from seal_peft import SealConfig, scales
 from seal_peft.data import read_samples, trained_prompts, write_samples
 from seal_peft.dataset import training_rows
@@ -212,7 +212,7 @@ def test_two_processes_learn_what_one_learns_from_twice_the_batch(house: Path, t
     words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl"]
     words += ["--dtype", "float32", "--recipe", "paper", "--max_steps", "3", "--save_steps", "9"]
     words += ["--disable_tqdm", "true", "--output_dir"]
-    seal_in_two_processes(*words, tmp_path / "two")
+    launch_two("-m", "seal_peft", *words, tmp_path / "two")
     assert seal(*words, tmp_path / "one", "--per_device_train_batch_size", 2) == 0
     for name, weight in weights(tmp_path / "one").items():
         torch.testing.assert_close(weights(tmp_path / "two")[name], weight, rtol=1e-4, atol=1e-6)
