@@ -150,7 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         result = stage.run(*arguments)
     except KeyboardInterrupt:
-        sys.stderr.write(f"seal-peft {argv[0]}: interrupted. Start the same command again to go on from here.\n")
+        sys.stderr.write(
+            f"seal-peft {argv[0]}: interrupted. Start the same command again: it goes on from what is finished.\n"
+        )
         return INTERRUPTED
     except (ValueError, TypeError, OSError, ImportError) as error:
         # Errors with something to tell the user; a traceback would bury it. Others are bugs and keep theirs.
