@@ -15,11 +15,10 @@ from typing import Any
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from .data import read_samples
 from .files import alone_in, write_json
 from .folders import check_output_folder
 from .generation import generate_answers, make_batches
-from .guard import Guard, make_guard, summarise_guard, window_losses
+from .guard import Guard, make_guard, window_losses
 from .loading import (
     DTYPE_HELP,
     Dtype,
@@ -32,13 +31,11 @@ from .loading import (
 )
 from .predictions import Predictions, fingerprint, identity
 from .provenance import provenance
-from .statistics import RULER_THRESHOLD, summarise
-from .systems import BASE, Questions, System, check_held_out, check_system, name_systems, read_questions
+from .scores import LABELS, compute_metrics
+from .statistics import RULER_THRESHOLD
+from .systems import Questions, System, check_held_out, check_system, name_systems, read_questions, read_test_file
 from .tasks import Sample, get_task
 from .together import check_together
-
-# What samples say of themselves that a reader of scores must know: whose words they are in, what their facts hide in.
-_LABELS = ("wording", "haystack")
 
 
 @dataclass
@@ -106,7 +103,7 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
     systems = name_systems(arguments.model_name_or_path, arguments.adapters, arguments.models, arguments.skip_base)
     _check_numbers(arguments)
     check_output_folder(Path(arguments.output_dir), "evaluate")
-    samples = _read_test_file(arguments.test_file)
+    samples = read_test_file(arguments.test_file)
     for system in systems:
         check_together(system.adapters)  # a mistyped name shows before all prompts are turned into tokens
     check_held_out(systems, samples, arguments.test_file)
@@ -148,62 +145,11 @@ def evaluate(arguments: EvaluateArguments) -> dict[str, Any]:
 
         predictions = Predictions(path)
         predictions.keep_only(keys)
-        rows = {name: [predictions[key] for key in own[: len(asked)]] for name, own in keys.items()}
-        scores = {name: [row["score"] for row in own] for name, own in rows.items()}
-        own_scores = {name: own[: len(samples)] for name, own in scores.items()}
-        metrics = summarise(samples, own_scores, BASE, arguments.effective_threshold)
-        if more := _more_scores(samples, rows):
-            metrics["more_scores"] = more
-        if arguments.guard:
-            losses = {name: predictions[own[-1]]["losses"] for name, own in keys.items()}
-            essays = {system.name: guard.essays[system.model] for system in systems}
-            short_scores = {name: own[len(samples) :] for name, own in scores.items()}
-            metrics["guard"] = summarise_guard(losses, essays, guard.samples, short_scores, BASE)
-        metrics |= {"windows": windows, **{label: _by_task(samples, label) for label in _LABELS}}
-        metrics |= {"arguments": asdict(arguments), **provenance()}
+        rows = {name: [predictions[key] for key in own] for name, own in keys.items()}
+        metrics = compute_metrics(samples, guard, systems, rows, arguments.effective_threshold)
+        metrics |= {"windows": windows, "arguments": asdict(arguments), **provenance()}
         write_json(folder / "metrics.json", metrics)
     return metrics
-
-
-def _read_test_file(path: str) -> list[Sample]:
-    """Read the samples, and make sure that each can be scored."""
-    samples = read_samples(path)
-    if not samples:
-        raise ValueError(f"{path} holds no samples. Make some with `seal-peft make-data`.")
-    for line, sample in enumerate(samples, start=1):
-        try:
-            score = get_task(sample.task).score
-        except ValueError as error:
-            raise ValueError(f"{path}, line {line}: Field 'task': {error}") from error
-        try:
-            score("0", sample.answers)  # a digit, because the rule of `lines` reads numbers
-        except ValueError as error:
-            raise ValueError(
-                f"{path}, line {line}: Field 'answers': the rule of {sample.task!r} cannot read "
-                f"{sample.answers!r:.70} ({error}). Give answers of the kind that it scores, or another task; "
-                "docs/tasks.md has the rules."
-            ) from error
-    return samples
-
-
-def _more_scores(samples: list[Sample], rows: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Results by the further rules of a task, as `systems` has them by its own: by task and name of the rule."""
-    found: dict[str, dict[str, Any]] = {}
-    for task in dict.fromkeys(sample.task for sample in samples):
-        places = [index for index, sample in enumerate(samples) if sample.task == task]
-        for rule in get_task(task).more_scores:
-            scores = {system: [own[index][rule] for index in places] for system, own in rows.items()}
-            found.setdefault(task, {})[rule] = summarise([samples[i] for i in places], scores, BASE)["systems"]
-    return found
-
-
-def _by_task(samples: list[Sample], label: str) -> dict[str, list[str]]:
-    """What the samples of a task say under one of `_LABELS`, for tasks that have it."""
-    found: dict[str, set[str]] = {}
-    for sample in samples:
-        if label in sample.meta:
-            found.setdefault(sample.task, set()).add(str(sample.meta[label]))
-    return {task: sorted(own) for task, own in found.items()}
 
 
 def _check_numbers(arguments: EvaluateArguments) -> None:
@@ -303,6 +249,6 @@ def _row(system: System, sample: Sample, answer: str, key: str) -> dict[str, Any
         "answers": sample.answers,
         "score": task.score(answer, sample.answers),
         **{name: score(answer, sample.answers) for name, score in task.more_scores.items()},
-        **{name: value for name, value in sample.meta.items() if name in _LABELS},
+        **{name: value for name, value in sample.meta.items() if name in LABELS},
         "fingerprint": key,
     }

@@ -10,7 +10,7 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from .data import check_window, has_position_table, prompt_hash, trained_prompts, window_of
+from .data import check_window, has_position_table, prompt_hash, read_samples, trained_prompts, window_of
 from .loading import check_adapter, load_config, load_tokenizer
 from .reach import reach
 from .tasks import Sample, get_task
@@ -119,6 +119,36 @@ def read_questions(model: str, samples: Sequence[Sample], max_new_tokens: int | 
         longest = max(longest, len(prompt) + len(answer))
         ends |= {*answer[-1:]} & special
     return Questions(tokenizer, prompts, limits, longest, sorted(ends))
+
+
+def read_test_file(path: str) -> list[Sample]:
+    """Read the samples, and make sure that each can be scored.
+
+    Args:
+        path: A JSONL file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: There are no samples, one is no sample, or its task or answers cannot be scored; the message names
+            file, line and field.
+    """
+    samples = read_samples(path)
+    if not samples:
+        raise ValueError(f"{path} holds no samples. Make some with `seal-peft make-data`.")
+    for line, sample in enumerate(samples, start=1):
+        try:
+            score = get_task(sample.task).score
+        except ValueError as error:
+            raise ValueError(f"{path}, line {line}: Field 'task': {error}") from error
+        try:
+            score("0", sample.answers)  # a digit, because the rule of `lines` reads numbers
+        except ValueError as error:
+            raise ValueError(
+                f"{path}, line {line}: Field 'answers': the rule of {sample.task!r} cannot read "
+                f"{sample.answers!r:.70} ({error}). Give answers of the kind that it scores, or another task; "
+                "docs/tasks.md has the rules."
+            ) from error
+    return samples
 
 
 def check_held_out(systems: Sequence[System], samples: Sequence[Sample], test_file: str) -> None:

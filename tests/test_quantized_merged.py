@@ -234,22 +234,22 @@ def test_forward_only_formats_are_refused_by_name():
         model.merge_adapter()
 
 
-@pytest.mark.parametrize("kind", ["fp8", "quanto", "compressed-tensors", "packed"])
+@pytest.mark.parametrize("kind", ["float8 layer", "tensor subclass", "scheme", "packed weight"])
 def test_formats_that_peft_has_no_backend_for_are_refused_before_anything_is_touched(kind):
     """The layer that cannot be merged is the last one, so that one at a time would merge the others first."""
     base = base_model("llama")
     attention = base.model.layers[-1].self_attn
     linear = attention.o_proj
-    if kind == "fp8":
+    if kind == "float8 layer":
         attention.o_proj = FP8Linear(linear.in_features, linear.out_features, block_size=(128, 128))
-    elif kind == "quanto":
+    elif kind == "tensor subclass":  # as quanto has
         linear.weight = nn.Parameter(TwoTensor(linear.weight.data, linear.weight.data), requires_grad=False)
-    elif kind == "compressed-tensors":
+    elif kind == "scheme":  # as compressed-tensors has
         linear.quantization_scheme = "W8A16"
     else:
         linear.qweight = linear.weight.data.to(torch.int8)
     model = get_peft_model(base, SealConfig(init_weights=False))
-    name = "FP8Linear" if kind == "fp8" else "Linear"
+    name = "FP8Linear" if kind == "float8 layer" else "Linear"
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ValueError, match=f"cannot be merged into quantised {name} weights. Keep the adapter"):
             merge()

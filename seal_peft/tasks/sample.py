@@ -89,13 +89,11 @@ class Sample:
         """
         if "messages" not in row:
             fields_of_row = ", ".join(map(repr, row)) or "none"
-            turns = (
-                " The turns of 'prompt', then those of 'completion' make one." if _is_prompt_completion(row) else ""
-            )
+            joined = " The turns of 'prompt', then those of 'completion' make one."
             raise ValueError(
                 f"Field 'messages' is missing; the row has {fields_of_row}. Give a conversation that ends with the "
                 'answer: {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}]}.'
-                + turns
+                + (joined if {"prompt", "completion"} <= row.keys() else "")
             )
         for field_of_prompt in sorted(row.keys() & _PROMPT_FIELDS):
             raise ValueError(
@@ -126,10 +124,6 @@ class Sample:
                 "seed": 0,
             }
         )
-
-
-def _is_prompt_completion(row: dict[str, Any]) -> bool:
-    return {"prompt", "completion"} <= row.keys()
 
 
 def _is_integer(value: Any) -> bool:
