@@ -46,7 +46,10 @@ def test_training_goes_on_from_its_last_checkpoint(
     thread = press_ctrl_c_when(lambda: any(tmp_path.glob("checkpoint-[4-9]*")) or any(tmp_path.glob("checkpoint-??")))
     assert seal(*words) == 130
     thread.join()
-    assert "seal-peft train: interrupted. Start the same command again to go on" in capsys.readouterr().err
+    assert (
+        "seal-peft train: interrupted. Start the same command again: it goes on from what is finished."
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "run.json").exists()
     assert seal(*words) == 0
     run = json.loads((tmp_path / "run.json").read_text())
@@ -61,7 +64,10 @@ def test_evaluation_keeps_its_finished_rows(house: Path, tmp_path: Path, capsys:
     thread = press_ctrl_c_when(lambda: rows.is_file() and rows.read_bytes().count(b"\n") > 3)
     assert seal(*words) == 130
     thread.join()
-    assert "seal-peft evaluate: interrupted. Start the same command again to go on" in capsys.readouterr().err
+    assert (
+        "seal-peft evaluate: interrupted. Start the same command again: it goes on from what is finished."
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "metrics.json").exists()
     finished = rows.read_bytes().splitlines()[:3]
     # A mark in a finished row shows that it is kept, not answered again.
