@@ -8,6 +8,7 @@ python examples/train_with_trainer.py --tiny     # a made-up model, seconds on a
 import argparse
 
 import torch
+from accelerate import PartialState
 from peft import get_peft_model
 from tiny import make_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -54,8 +55,8 @@ def main() -> None:
     if trainer.is_world_process_zero():
         for name, scale in seal_peft.scales(flags.output_dir).items():
             print(f"{name}: {scale.min():.3f} to {scale.max():.3f}")
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":
     main()
+    PartialState().destroy_process_group()  # after the model that computed over it, whose end would wait for it

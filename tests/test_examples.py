@@ -24,7 +24,7 @@ def run(command: list[object], folder: Path, **variables: str) -> str:
     environment = {**os.environ, "PYTHONWARNINGS": "ignore", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     environment |= variables
     ended = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=folder, env=environment, check=False
+        list(map(str, command)), capture_output=True, text=True, cwd=folder, env=environment, check=False, timeout=300
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stdout
