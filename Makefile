@@ -55,8 +55,9 @@ test-floor: $(FLOOR)/.installed
 	$(FLOOR)/bin/python $(SUITE) -m upstream --ignore-glob='tests/test_benchmark_*'
 
 # Apart, because PEFT imports the quantisers in every process that finds them, which takes seconds and logs.
-# Without the setting HQQ tries to build kernels.
+# Without the settings HQQ and gptqmodel try to build kernels.
 $(QUANTIZED)/.installed: export DISABLE_CUDA = 1
+$(QUANTIZED)/.installed: export BUILD_CUDA_EXT = 0
 $(QUANTIZED)/.installed: constraints-quantized.txt $(INSTALLED)
 	$(over_the_first)
 

@@ -1,6 +1,6 @@
 """Tiny models whose projections are quantised in each format, and how to read what they store."""
 
-import importlib.util
+import importlib.metadata
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,11 +25,14 @@ PIP = {
     "bitsandbytes": "pip install --no-deps bitsandbytes",
     "torchao": "pip install --no-deps torchao",
     "hqq": "pip install --no-deps hqq termcolor",
+    "optimum-quanto": "pip install --no-deps optimum-quanto",
+    "compressed-tensors": "pip install --no-deps compressed-tensors loguru",
+    "gptqmodel": "make test-quantized",
 }
 
 
 def needs(package: str) -> pytest.MarkDecorator:
-    missing = importlib.util.find_spec(package) is None
+    missing = not any(importlib.metadata.distributions(name=package))
     return pytest.mark.skipif(missing, reason=f"needs {package}: `{PIP[package]}`")
 
 

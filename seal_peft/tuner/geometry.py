@@ -119,7 +119,7 @@ def head_geometry(
     Raises:
         ValueError: The numbers cannot be found, or do not multiply to the input size of the projection.
     """
-    in_features = _get_in_out_features(projection)[0]
+    in_features = in_out_features(projection)[0]
     if in_features is None:
         raise ValueError(f"{name} ({type(projection).__name__}) does not tell its input size, so SEAL cannot wrap it.")
     given = num_attention_heads is not None or head_dim is not None
@@ -141,6 +141,16 @@ def head_geometry(
         + f". Set SealConfig(num_attention_heads=...) or SealConfig(head_dim=...) so that their product is "
         f"{in_features}, or leave this module out with `exclude_modules`."
     )
+
+
+def in_out_features(module: nn.Module) -> tuple[int | None, int | None]:
+    """Return the sizes of a projection as PEFT finds them, or as the layer says; `None` where nothing tells.
+
+    PEFT asks every linear layer for its `weight`; one of compressed-tensors has none before its first forward pass.
+    """
+    if isinstance(module, nn.Linear) and not hasattr(module, "weight"):
+        return module.in_features, module.out_features
+    return cast("tuple[int | None, int | None]", _get_in_out_features(module))
 
 
 def is_linear(module: nn.Module) -> bool:

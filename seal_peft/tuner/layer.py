@@ -5,17 +5,18 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from functools import reduce
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import resolve_quantization_backend
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .beside import check_all_names, check_can_merge, check_names, merged_product, with_merged
 from .config import SealConfig, Site
-from .geometry import HeadGeometry
+from .geometry import HeadGeometry, in_out_features
 from .kept import KeptScale
 from .offset import ScaleOffset
 from .quantized import check_format, check_gradients_flow, merge_quantized, restore_snapshot, take_snapshot
@@ -73,7 +74,7 @@ class SealLayer(BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
 
     def _sizes(self) -> tuple[int | None, int | None]:
-        return _get_in_out_features(self.get_base_layer())
+        return in_out_features(self.get_base_layer())
 
     def _offset_shape(self, config: SealConfig) -> tuple[int, ...]:
         return self.geometry[:1] if config.granularity == "head" else self.geometry
@@ -124,8 +125,11 @@ class SealLayer(BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Follow the base layer to its device but not to its dtype: offsets stay fp32, or small steps round away."""
+        base = self.get_base_layer()
         if device is None:
-            device = self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+            device = self._get_base_layer_device_and_dtype(base)[0]
+        if device is None:  # packed layers without `weight` and `qweight`
+            device = next((tensor.device for tensor in chain(base.parameters(), base.buffers())), None)
         offset = self.seal_delta[adapter_name] if adapter_name in self.seal_delta else None
         meta = torch.device("meta")
         if offset is not None and device not in (None, meta) and offset.weight.device != meta:

@@ -95,18 +95,20 @@ def check_format(base: nn.Module, backend: Any) -> None:
     Raises:
         ValueError: PEFT's backend does not merge, or there is none and the weight is no plain floating-point one.
     """
-    if backend is not None:
-        name = None if backend.supports_merge else backend.backend_name
-    else:
-        weight: Any = getattr(base, "weight", None)
+    weight: Any = getattr(base, "weight", None)
+    scheme = getattr(base, "quantization_scheme", None)  # of compressed-tensors, whose layers are plain ones
+    if backend is None:
         plain = type(weight).__name__ in ("Parameter", "Tensor", "DTensor") and weight.dtype in _PLAIN
-        quantised = hasattr(base, "quantization_scheme") or hasattr(base, "qweight")
-        name = type(base).__name__ if quantised or not (plain or weight is None) else None
-        name = f"quantised {name}" if name else None
-    if name:
+        mergeable = scheme is None and not hasattr(base, "qweight") and (plain or weight is None)
+    else:
+        mergeable = backend.supports_merge
+    if not mergeable:
+        kinds = [type(part) for part in (base, scheme, weight) if part is not None]
+        kind = next((kind for kind in kinds if not kind.__module__.startswith("torch.nn.")), kinds[0])
         raise ValueError(
-            f"Scales cannot be merged into {name} weights. Keep the adapter unmerged, which runs on any quantised "
-            "base, or load the base model unquantised."
+            f"Scales cannot be merged into {getattr(backend, 'backend_name', 'quantised')} weights "
+            f"({kind.__module__}.{kind.__qualname__}). Keep the adapter unmerged, which runs on any quantised base, "
+            "or load the base model unquantised."
         )
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from .geometry import HeadGeometry, first_int, is_linear
+from .geometry import HeadGeometry, first_int, in_out_features, is_linear
 
 # The last module that a query goes through before it meets the keys, the likeliest first: a norm undoes any scale that
 # comes before it.
@@ -118,7 +118,7 @@ def query_layout(
             f"{name} is a {type(module).__name__}; the query site needs a linear projection or a norm of queries. "
             "Name another module in `query_modules`, or leave the query site out: sites=('output',)."
         )
-    size = _get_in_out_features(module)[1] or 0
+    size = in_out_features(module)[1] or 0
     fused = child in _FUSED
     groups = _groups(attention, name, model_type, num_heads) if fused else 1
     if num_heads and not fused:
