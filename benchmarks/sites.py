@@ -2,10 +2,11 @@
 
 Every system gets the same samples, steps and search over learning rates. The rate with the lowest loss on validation
 samples is trained with more seeds, and each of these is tested by generation. `native` is the model's own window,
-`ntk` four times that by the NTK-aware base that the adapter brings along; `beyond` trains below the native length
-under it and tests above, to compare a constant temperature with one that grows with the position.
+`long` the same with three times the data, for both sites together; `ntk` is four times the window by the NTK-aware
+base that the adapter brings along; `beyond` trains below the native length under it and tests above, to compare a
+constant temperature with one that grows with the position.
 
-    python benchmarks/sites.py data --settings native ntk beyond --work runs/sites  # needs the tokenizer only
+    python benchmarks/sites.py data --settings native long ntk beyond --work runs/sites  # needs the tokenizer only
     python benchmarks/sites.py run --settings native --work runs/sites --output results/sites-native.json
 
 Everything that is finished stays in the work folder; the same command goes on from there, also where it ended because
@@ -64,7 +65,6 @@ class Setting:
         questions: Questions about each context.
         test_lengths: Lengths in tokens.
         rope: RoPE that the adapters bring along.
-        checkpointing: Whether activations are made again in the backward pass.
     """
 
     systems: tuple[str, ...]
@@ -73,12 +73,12 @@ class Setting:
     questions: int
     test_lengths: tuple[int, ...]
     rope: dict[str, Any] | None = None
-    checkpointing: bool = False
 
 
 SETTINGS = {
     "native": Setting(tuple(SYSTEMS), (768, 1024, 2048, 4096, 6144, 8192), 120, 8, (1024, 4096, 8192)),
-    "ntk": Setting(tuple(SYSTEMS), (2048, 4096, 8192, 16384, 24576, 31744), 24, 8, (16384, 32768), NTK, True),
+    "long": Setting(tuple(SYSTEMS)[3:], (768, 1024, 2048, 4096, 6144, 8192), 360, 8, (1024, 4096, 8192)),
+    "ntk": Setting(tuple(SYSTEMS), (2048, 4096, 8192, 16384, 24576, 31744), 24, 8, (16384, 32768), NTK),
     "beyond": Setting(("output-head+query", GROWING), (1024, 2048, 4096, 8192), 75, 8, (8192, 16384, 32768), NTK),
     "tiny": Setting((*SYSTEMS, GROWING), (384, 512), 4, 2, (512,), NTK),
 }
@@ -163,7 +163,6 @@ class Bench:
             lr_scheduler_type="cosine",
             warmup_steps=10,
             max_grad_norm=1.0,
-            activation_checkpointing=self.setting.checkpointing,
             logging_steps=20,
             save_strategy="no",
             report_to="none",
@@ -173,6 +172,8 @@ class Bench:
         )
         collator = AnswerCollator(self.tokenizer.pad_token_id)
         trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collator)
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
