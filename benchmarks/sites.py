@@ -299,7 +299,7 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--work", default="runs/sites")
     parser.add_argument("--output", type=Path, default=Path("runs/sites.json"))
-    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2, 8e-2])
     parser.add_argument("--rates_of", choices=SETTINGS, help="take each system's rate from this setting's search")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=100, help="test samples of each length")

@@ -6,8 +6,9 @@ A figure stands between a comment with a Jinja template over one results file, a
 
 A template of one line is a piece of a sentence; one of several lines is a block, such as a table. Names are those of
 the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`, and
-`report` is `seal_peft.report`, which makes tables of metrics. Where a file is not there yet, the page says so. In the
-pages of `STRICT` nothing that looks like a measurement, a number with decimals or with a unit, stands anywhere else.
+`report` is `seal_peft.report`, which makes tables of metrics, `sites` makes those of benchmarks/sites.py. Where a file
+is not there yet, the page says so. In the pages of `STRICT` nothing that looks like a measurement, a number with
+decimals or with a unit, stands anywhere else.
 
     python results/render.py          # make results: write the figures into the pages
     python results/render.py --check  # make results-check: change nothing, fail where a page says something else
@@ -21,6 +22,7 @@ import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined, TemplateError
 
@@ -39,13 +41,30 @@ UNIT = r"%|ms|s|seconds|minutes|min|[KMG]i?B|bytes|nats|points|times|tokens/s"
 FIGURE = re.compile(rf"(?<![\w.,=<>-])[+-]?\d[\d,]*(?:(?:\.\d+)+(?:e-?\d+)?(?![\w-])|(?= ?(?:{UNIT})(?![\w/])))")
 
 
+def sites(own: dict[str, Any]) -> str:
+    """Make a table of a setting of benchmarks/sites.py: systems by lengths, mean over seeds and interval."""
+    lengths = own["setting"]["test_lengths"]
+    rows = [["system", "parameters", "learning rate", *(f"{length:,}" for length in lengths)]]
+    for name, system in own["systems"].items():
+        trained = [f"{system['runs'][0]['parameters']:,}", f"{system['rate']:g}"] if name != "base" else ["", ""]
+        cells = [system["accuracy"][str(length)] for length in lengths]
+        rows.append([name, *trained, *(f"{cell['mean']:.2f} {interval(cell)}" for cell in cells)])
+    return report.markdown_table(rows)
+
+
+def interval(value: dict[str, float]) -> str:
+    """Show a 95% interval."""
+    return f"({value['low']:.2f} to {value['high']:.2f})"
+
+
 def environment() -> Environment:
     """Make what templates are rendered with."""
     made = Environment(undefined=StrictUndefined, autoescape=False)
     made.filters["fixed"] = lambda value, digits=0: f"{value:,.{digits}f}"
     made.filters["signed"] = lambda value, digits=0: f"{value:+,.{digits}f}"
-    made.filters["interval"] = lambda value: f"({value['low']:.2f} to {value['high']:.2f})"
+    made.filters["interval"] = interval
     made.globals["report"] = report
+    made.globals["sites"] = sites
     return made
 
 

@@ -98,7 +98,7 @@ def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: py
     result = json.loads((tmp_path / "out.json").read_text())
     assert list(result["tiny"]["systems"]) == ["query", sites["GROWING"], "base"]
     assert result["device"] == result["tiny"]["systems"]["query"]["runs"][0]["device"]
-    for name in ("native", "beyond", "ntk"):
+    for name in ("long", "beyond", "ntk"):
         (table,) = filled(f"results/sites-{name}.json", {**result, name: result["tiny"]})
         assert "| query | 8 | 0.1 | 0.00 (0.00 to 0.79) |" in table
     (tmp_path / "work" / "tiny" / "base-0-0" / "scores.json").unlink()
