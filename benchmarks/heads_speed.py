@@ -84,25 +84,32 @@ def piece(options: argparse.Namespace, name: str, measure: Callable[[], dict[str
 
 
 def speed_of(options: argparse.Namespace, heads: Heads, rows: dict[str, list[EncodedSample]]) -> dict[str, Any]:
-    """Time each map, in seconds, and a full forward pass: with logits of the answer only, the cheapest there is."""
+    """Time each map, in seconds, and full passes: with logits of the answer only, the cheapest there are."""
     some = next(iter(rows.values()))
     batches = [collate([row], heads.base.device)[0] for row in some]
     with torch.inference_mode():
         for batch in batches[:2]:
             heads.model(**batch)
         kept = [seconds(lambda b=b: heads.model(**b)) for b in batches]
+    with scoring(heads):
+        both = [seconds(lambda b=b: forward_backward(heads, b)) for b in (batches[0], *batches)][1:]
     count = sum(layer.geometry.num_heads for layer in heads.layers)
     naive = count * len(some) * median(kept)
     result: dict[str, Any] = {
         "heads": count,
         "samples": len(some),
         "forward": {"answer_logits": median(kept)},
+        "forward_backward": median(both),
         "naive_pruning": naive,
     }
     gradient_map(heads, some[:1], activation_checkpointing=options.activation_checkpointing)
     for site in ("output", "query"):
         took = seconds(lambda s=site: gradient_map(heads, some, s, options.activation_checkpointing))
-        result[f"gradient_{site}"] = {"seconds": took, "forwards_per_sample": took / len(some) / median(kept)}
+        result[f"gradient_{site}"] = {
+            "seconds": took,
+            "forwards_per_sample": took / len(some) / median(kept),
+            "forward_backwards_per_sample": took / len(some) / median(both),
+        }
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     for name, own in rows.items():
@@ -111,6 +118,15 @@ def speed_of(options: argparse.Namespace, heads: Heads, rows: dict[str, list[Enc
         result[f"pruning, {name}"] = {"seconds": took, "share_of_naive": took / naive, "peak_bytes": peak}
         print(f"{name}: {took:.1f} s, {took / naive:.3f} of {naive:.1f} s", flush=True)
     return result
+
+
+def forward_backward(heads: Heads, batch: dict[str, Any]) -> None:
+    """Run forward, and backward to what enters the first layer: the least that training of all layers takes."""
+    ids = batch["input_ids"]
+    embedded = heads.base.get_input_embeddings()(ids).detach().requires_grad_()
+    others = {name: value for name, value in batch.items() if name != "input_ids"}
+    logits = heads.model(inputs_embeds=embedded, **others).logits
+    torch.autograd.grad(logits.float().logsumexp(-1).sum(), embedded)
 
 
 def seconds(run: Callable[[], object]) -> float:

@@ -39,6 +39,8 @@ def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(tmp_path: Pat
     assert len(maps["channel"]["heads"]) == 8
     for own in speed.values():
         assert own["pruning, 1 contexts"]["share_of_naive"] > 0
+        took = own["gradient_output"]["seconds"] / own["samples"]
+        assert own["gradient_output"]["forward_backwards_per_sample"] == pytest.approx(took / own["forward_backward"])
         for values in own["equality"]["float32"].values():
             assert values["mean"] <= values["sample"] < 1e-4
             assert values["noise"]["same"] == 1.0

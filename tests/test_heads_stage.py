@@ -19,6 +19,7 @@ from seal_peft.loading import load_model, load_tokenizer
 from stages import error_of, save_model, seal, some_samples
 
 ALL = ["gradient", "pruning", "retrieval", "direct_effect"]
+SCALES = ["scale", "scale_query"]
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +137,29 @@ def test_the_adapted_model_can_be_scored_in_place_of_the_base(house: Path) -> No
     )
     assert (adapted - bare).abs().max() > 1e-3
     assert "scale" not in read(house / "bare" / "heads.json")["heads"][0]
+
+
+def test_gradients_at_queries_alone_have_no_channels_and_are_kept_too(house: Path) -> None:
+    words = ["--scores", "gradient", "pruning", "--sites", "query", "--channels_of", "L0H1"]
+    assert run(house, *words, out="query") == 0
+    before = (house / "query" / "gradient.json").read_bytes()
+    assert list(json.loads(before)["maps"]) == ["gradient_query"]
+    assert not (house / "query" / "gradient-channels.safetensors").exists()
+    assert run(house, *words, out="query") == 0
+    assert (house / "query" / "gradient.json").read_bytes() == before
+
+
+def test_samples_of_no_set_length_are_one_map(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = [dataclasses.replace(sample, length=0) for sample in read_samples(house / "samples.jsonl")]
+    save_model(tmp_path / "model")
+    write_samples(tmp_path / "samples.jsonl", own)
+    words = ["--adapter", house / "adapter", "--scores", "pruning", "gradient", "--channels_of", "L0H1"]
+    assert run(tmp_path, *words) == 0
+    assert "0 tokens" not in capsys.readouterr().out
+    table = read(tmp_path / "out" / "heads.json")
+    assert set(table["heads"][0]) >= {"pruning_zero@0", "gradient@0", "scale"}
+    assert set(table["rank_correlations"]["0"]["pruning_zero"]) == {"gradient", "gradient_query", *SCALES}
+    assert not table["across_lengths"]
 
 
 # --- bad input -----------------------------------------------------------------------------------------------------

@@ -105,11 +105,12 @@ def top_heads(values: Tensor, heads: Heads, count: int) -> list[tuple[str, float
     ]
 
 
-def compare(maps: Mapping[str, Mapping[int, Tensor]], heads: Heads, tops: int = 10) -> dict[str, Any]:
+def compare(maps: Mapping[str, Mapping[Any, Tensor]], heads: Heads, tops: int = 10) -> dict[str, Any]:
     """Put all maps beside each other.
 
     Args:
-        maps: `(layers, heads)` by name of the map and length; learned scales, which have no length, stand under 0.
+        maps: `(layers, heads)` by name of the map and length; learned scales, which are of all lengths, stand
+            under `None`. Length 0 is that of samples that were not made to fill one.
         heads: The heads of the model.
         tops: Heads listed at either end of each map.
 
@@ -126,8 +127,8 @@ def compare(maps: Mapping[str, Mapping[int, Tensor]], heads: Heads, tops: int = 
                     value = values[position, head]
                     row[_column(name, length)] = None if value.isnan() else value.item()
             rows.append(row)
-    lengths = sorted({length for by_length in maps.values() for length in by_length if length})
-    between = {str(length): _between({n: m.get(length, m.get(0)) for n, m in maps.items()}) for length in lengths}
+    lengths = sorted({length for by_length in maps.values() for length in by_length if length is not None})
+    between = {str(length): _between({n: m.get(length, m.get(None)) for n, m in maps.items()}) for length in lengths}
     ends = {_column(name, length): values for name, own in maps.items() for length, values in own.items()}
     return {
         "heads": rows,
@@ -140,8 +141,8 @@ def compare(maps: Mapping[str, Mapping[int, Tensor]], heads: Heads, tops: int = 
     }
 
 
-def _column(name: str, length: int) -> str:
-    return f"{name}@{length}" if length else name
+def _column(name: str, length: int | None) -> str:
+    return name if length is None else f"{name}@{length}"
 
 
 def _between(maps: Mapping[Any, Tensor | None]) -> dict[str, dict[str, float | None]]:
@@ -150,14 +151,14 @@ def _between(maps: Mapping[Any, Tensor | None]) -> dict[str, dict[str, float | N
     return {a: {b: None if math.isnan(r) else r for b, r in own.items()} for a, own in pairs.items()}
 
 
-def scale_columns(scales: Mapping[str, Tensor], heads: Heads) -> dict[str, dict[int, Tensor]]:
+def scale_columns(scales: Mapping[str, Tensor], heads: Heads) -> dict[str, dict[None, Tensor]]:
     """Return learned scales as maps: `scale` and `scale_query`, as far as the adapter has them.
 
     Args:
         scales: What `seal_peft.scales` returns.
         heads: The heads of the model.
     """
-    found: dict[str, dict[int, Tensor]] = {}
+    found: dict[str, dict[None, Tensor]] = {}
     for position, layer in enumerate(heads.layers):
         beside = layer.name.rpartition(".")[0] + "."
         for name, values in scales.items():
@@ -165,6 +166,6 @@ def scale_columns(scales: Mapping[str, Tensor], heads: Heads) -> dict[str, dict[
                 continue
             column = "scale" if name == layer.name else "scale_query"
             per_head = values.mean(-1) if values.dim() == 2 else values
-            maps = found.setdefault(column, {0: torch.full(heads.shape, torch.nan)})
-            maps[0][position, : len(per_head)] = per_head
+            maps = found.setdefault(column, {None: torch.full(heads.shape, torch.nan)})
+            maps[None][position, : len(per_head)] = per_head
     return found

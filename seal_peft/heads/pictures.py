@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +20,11 @@ _QUADRANT_COLOURS = {1: "#D55E00", 2: "#999999", 3: "#0072B2", 4: "#999999", 0: 
 _QUADRANTS = {1: "helps at both", 2: "helps at the longer", 3: "hurts at both", 4: "helps at the shorter"}
 
 
-def draw_maps(maps: Mapping[str, Mapping[int, Tensor]], heads: Heads, path: Path, centre: float | None = 0.0) -> Path:
+def draw_maps(maps: Mapping[str, Mapping[Any, Tensor]], heads: Heads, path: Path, centre: float | None = 0.0) -> Path:
     """Draw maps as layers x heads: one row per map, one column per length.
 
     Args:
-        maps: `(layers, heads)` by title and length; length 0 stands for none. Heads that are NaN stay grey.
+        maps: `(layers, heads)` by title and length; 0 or `None` stand for none. Heads that are NaN stay grey.
         heads: The heads of the model.
         path: PNG file to write.
         centre: Value that is white, colours diverging from it; `None` for maps that start at 0.

@@ -36,7 +36,7 @@ def finished(folder: Path, name: str, key: str) -> dict[str, Any] | None:
             f"{path} is not a file of `seal-peft heads`. Remove it, or choose another --output_dir."
         ) from error
     same = isinstance(record, dict) and record.get("fingerprint") == key
-    return record if same and (name != "gradient" or (folder / CHANNELS).is_file()) else None
+    return record if same and (not _has_channels(record) or (folder / CHANNELS).is_file()) else None
 
 
 def write_score(
@@ -71,7 +71,7 @@ def write_score(
 
 
 def write_comparison(
-    folder: Path, records: Sequence[Mapping[str, Any]], columns: Mapping[str, Mapping[int, Tensor]], heads: Heads
+    folder: Path, records: Sequence[Mapping[str, Any]], columns: Mapping[str, Mapping[None, Tensor]], heads: Heads
 ) -> dict[str, Any]:
     """Write `heads.json`: every score of every head beside the learned scales; return what it holds.
 
@@ -103,15 +103,21 @@ def _is_main(title: str) -> bool:
     return not title.endswith(("_tokens", "_exact"))
 
 
+def _has_channels(record: Mapping[str, Any]) -> bool:
+    """Whether `CHANNELS` is of this score; one that stands there may be of an earlier call. Queries have none."""
+    return "gradient" in record["maps"]
+
+
 def _draw_channels(folder: Path, records: Sequence[Mapping[str, Any]], heads: Heads) -> None:
     """Draw what pruning single channels changes, beside their gradients if these were asked for, too."""
-    gradients = load_file(folder / CHANNELS) if any(record["score"] == "gradient" for record in records) else {}
+    gradients = load_file(folder / CHANNELS) if any(map(_has_channels, records)) else {}
     drawn: dict[str, dict[str, Tensor]] = {}
     for name, by_length in (item for record in records for item in record.get("channels", {}).items()):
         layer, head = (int(number) for number in name[1:].split("H"))
         module = next(own.name for own in heads.layers if own.number == layer)
         for length, summary in by_length.items():
-            own = drawn[f"{name}, {int(length):,} tokens"] = {"pruning": torch.tensor(summary["mean"])}
+            title = f"{name}, {int(length):,} tokens" if int(length) else name
+            own = drawn[title] = {"pruning": torch.tensor(summary["mean"])}
             if (gradient := gradients.get(f"{length}.{module}")) is not None:
                 own["gradient"] = gradient[head]
     if drawn:

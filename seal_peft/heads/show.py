@@ -17,7 +17,7 @@ def show(comparison: Mapping[str, Any], folder: Path) -> list[str]:
         folder: Where the files are.
     """
     longest = max(comparison["rank_correlations"], key=int)
-    lines = [f"| at {longest} tokens | greatest | least |", "| --- | --- | --- |"]
+    lines = [f"| {f'at {longest} tokens' if int(longest) else 'head'} | greatest | least |", "| --- | --- | --- |"]
     for column in comparison["top"]:
         name, _, length = column.partition("@")
         if length in ("", longest):
