@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -91,11 +92,28 @@ def test_where_heads_share_a_norm_merging_is_refused_before_anything_changes(nam
     model = with_site(name, BOTH)
     weights = copy.deepcopy(model.state_dict())
     for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_adapter(sites=["query"])):
-        with pytest.raises(ValueError, match=r"Norm\w*: its weight.*merge_adapter\(sites=\['output'\]\)"):
+        with pytest.raises(ValueError, match=r"Norm\w*: it has .* not one factor.*merge_adapter\(sites=\['output'\]\)"):
             merge()
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert not any(layer.merged for layer in seal_layers(model).values())
+
+
+@pytest.mark.parametrize("name", ["olmo2", "cohere-norm"])
+def test_a_norm_over_all_heads_that_accelerate_offloads_takes_its_scales(name):
+    base = dispatch_model(plain(name), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    model = get_peft_model(base, SealConfig(sites=BOTH)).eval()
+    draw_scales(model)
+    before = logits(model)
+    model.merge_adapter()
+    assert all(layer.merged for layer in seal_layers(model).values())
+    assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+def test_a_norm_made_of_one_for_each_head_is_refused_for_what_it_is():
+    model = with_site("stablelm-norm")
+    with pytest.raises(ValueError, match="StableLmLayerNormPerHead: it has no weight of its own, not"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
