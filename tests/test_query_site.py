@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+import transformers as tf
 from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -92,7 +93,7 @@ def test_where_heads_share_a_norm_merging_is_refused_before_anything_changes(nam
     model = with_site(name, BOTH)
     weights = copy.deepcopy(model.state_dict())
     for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_adapter(sites=["query"])):
-        with pytest.raises(ValueError, match=r"Norm\w*: it has .* not one factor.*merge_adapter\(sites=\['output'\]\)"):
+        with pytest.raises(ValueError, match=r"Norm\w*: it has .* not one.*merge_adapter\(sites=\['output'\]\)"):
             merge()
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
@@ -369,9 +370,18 @@ def test_only_sites_that_an_adapter_has_can_be_saved(sites, tmp_path):
     assert not (tmp_path / "part").exists()
 
 
-def test_a_norm_after_the_rotation_undoes_scales_and_is_refused():
-    import transformers as tf
+def test_a_model_that_clips_queries_clips_what_was_scaled_merged_or_not():
+    model = get_peft_model(causal(tf.OlmoConfig, clip_qkv=0.5), SealConfig(sites=("query",))).eval()
+    draw_scales(model)
+    free = get_peft_model(causal(tf.OlmoConfig, clip_qkv=None), SealConfig(sites=("query",))).eval()
+    draw_scales(free)
+    before = logits(model)
+    assert (before - logits(free)).abs().max() > 0.05, "nothing is clipped"
+    model.merge_adapter()
+    assert_close(logits(model), before, rtol=0, atol=1e-5)
 
+
+def test_a_norm_after_the_rotation_undoes_scales_and_is_refused():
     model = causal(
         tf.Llama4TextConfig,
         head_dim=12,
