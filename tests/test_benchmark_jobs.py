@@ -101,6 +101,14 @@ def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: py
     for name in ("native", "beyond", "ntk"):
         (table,) = filled(f"results/sites-{name}.json", {**result, name: result["tiny"]})
         assert "| query | 8 | 0.1 | 0.00 (0.00 to 0.79) |" in table
+    # What is aimed at differs, so that one accuracy reaches it in one system only.
+    run = {"parameters": 540, "seconds": 299.6}
+    cells = {"1024": {"mean": 0.97, "low": 0.9, "high": 1.0}}
+    systems = {name: {"runs": [run], "accuracy": cells} for name in ("output-head+query", "output-channel+query")}
+    long = {"setting": {"test_lengths": [1024]}, "systems": systems}
+    (table,) = filled("results/sites-long.json", {**result, "long": long})
+    assert table.count("| within 300 s | aimed at | 0.95, reached |") == 1
+    assert table.count("| within 300 s | aimed at | 0.99, not reached |") == 1
     (tmp_path / "work" / "tiny" / "base-0-0" / "scores.json").unlink()
     with pytest.raises(SystemExit, match="tiny: jobs are left; call this again to go on"):
         sites["main"]()
