@@ -7,11 +7,11 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from models import HEADS, INPUT_IDS, draw_scales, llama, logits, seal_layers
-from quantized_models import FORMATS, HEAD_DIM, _torchao_config, codes, dequantised, every_format, stored
+from quantized_models import FORMATS, HEAD_DIM, _torchao_config, codes, dequantised, every_format, needs, stored
 from seal_peft import SealConfig
 from seal_peft.tuner.query import QueryLinear
 
-ROUNDS = ["bnb-int8", "torchao-int8", "hqq-outputs"]
+ROUNDS = ["hqq-outputs"]
 
 
 def base(name):
@@ -83,3 +83,19 @@ def test_merging_takes_rows_exactly_or_says_that_it_rounds_and_comes_out_bit_for
         assert all(torch.equal(kept[key], found[key]) for key in kept)
         assert torch.equal(layer.get_base_layer().bias, bias)
     assert torch.equal(logits(model), expected)
+
+
+@needs("bitsandbytes")
+def test_int8_statistics_take_the_scales_before_and_after_the_first_call_moves_them():
+    called, fresh = adapter("bnb-int8"), adapter("bnb-int8")
+    expected = logits(called)
+    for model in (called, fresh):
+        before = [{key: value.clone() for key, value in stored(own).items()} for own in seal_layers(model).values()]
+        model.merge_adapter()
+        # Activations are rounded, too, the same ones on both sides.
+        torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
+        model.unmerge_adapter()
+        for own, kept in zip(seal_layers(model).values(), before, strict=True):
+            assert stored(own).keys() == kept.keys()
+            assert all(torch.equal(kept[key], value) for key, value in stored(own).items())
+        assert torch.equal(logits(model), expected)

@@ -5,6 +5,8 @@ import warnings
 
 import pytest
 import torch
+import transformers as tf
+from accelerate import dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -91,11 +93,28 @@ def test_where_heads_share_a_norm_merging_is_refused_before_anything_changes(nam
     model = with_site(name, BOTH)
     weights = copy.deepcopy(model.state_dict())
     for merge in (model.merge_adapter, model.merge_and_unload, lambda: model.merge_adapter(sites=["query"])):
-        with pytest.raises(ValueError, match=r"Norm\w*: its weight.*merge_adapter\(sites=\['output'\]\)"):
+        with pytest.raises(ValueError, match=r"Norm\w*: it has .* not one.*merge_adapter\(sites=\['output'\]\)"):
             merge()
     assert model.state_dict().keys() == weights.keys()
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
     assert not any(layer.merged for layer in seal_layers(model).values())
+
+
+@pytest.mark.parametrize("name", ["olmo2", "cohere-norm"])
+def test_a_norm_over_all_heads_that_accelerate_offloads_takes_its_scales(name):
+    base = dispatch_model(plain(name), {"": "cpu"}, main_device="cpu", force_hooks=True)
+    model = get_peft_model(base, SealConfig(sites=BOTH)).eval()
+    draw_scales(model)
+    before = logits(model)
+    model.merge_adapter()
+    assert all(layer.merged for layer in seal_layers(model).values())
+    assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
+def test_a_norm_made_of_one_for_each_head_is_refused_for_what_it_is():
+    model = with_site("stablelm-norm")
+    with pytest.raises(ValueError, match="StableLmLayerNormPerHead: it has no weight of its own, not"):
+        model.merge_adapter()
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gemma3_text"])
@@ -351,9 +370,18 @@ def test_only_sites_that_an_adapter_has_can_be_saved(sites, tmp_path):
     assert not (tmp_path / "part").exists()
 
 
-def test_a_norm_after_the_rotation_undoes_scales_and_is_refused():
-    import transformers as tf
+def test_a_model_that_clips_queries_clips_what_was_scaled_merged_or_not():
+    model = get_peft_model(causal(tf.OlmoConfig, clip_qkv=0.5), SealConfig(sites=("query",))).eval()
+    draw_scales(model)
+    free = get_peft_model(causal(tf.OlmoConfig, clip_qkv=None), SealConfig(sites=("query",))).eval()
+    draw_scales(free)
+    before = logits(model)
+    assert (before - logits(free)).abs().max() > 0.05, "nothing is clipped"
+    model.merge_adapter()
+    assert_close(logits(model), before, rtol=0, atol=1e-5)
 
+
+def test_a_norm_after_the_rotation_undoes_scales_and_is_refused():
     model = causal(
         tf.Llama4TextConfig,
         head_dim=12,

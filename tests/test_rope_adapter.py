@@ -172,6 +172,19 @@ def test_the_merged_model_reloads_plainly(build, request_, tmp_path):
     assert saved["max_position_embeddings"] == rope["max_position_embeddings"]
 
 
+@pytest.mark.parametrize("request_", [YARN, NTK], ids=["yarn", "ntk"])
+def test_a_site_that_is_not_merged_loads_on_the_merged_model_without_a_warning(request_, tmp_path):
+    model = extended(request_, sites=("output", "query"))
+    seal_peft.save_adapter(model, tmp_path / "rest", sites=["query"])
+    before = logits(model)
+    model.merge_adapter(sites=["output"])
+    model.unload().save_pretrained(tmp_path / "base")
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    loaded, messages = told(lambda: PeftModel.from_pretrained(base, tmp_path / "rest"))
+    assert not messages
+    torch.testing.assert_close(logits(loaded), before, rtol=0, atol=1e-5)
+
+
 def test_what_is_merged_keeps_its_rope_until_it_is_unmerged():
     model = extended()
     expected = logits(model)

@@ -54,7 +54,8 @@ def wanted(rope: Any, config: PeftConfig, model: nn.Module) -> Any:
             "(`rope_parameters=...`).",
             stacklevel=2,
         )
-    elif difference and config.rope_parameters != expected:
+    elif difference and config.rope_parameters != expected and _difference(request.rope, own):
+        # A base that has it all is the merged model of the adapter's other site.
         warnings.warn(
             f"The base model has other RoPE parameters than the one that this adapter was trained on: {difference}. "
             "The adapter's own rope_parameters are applied, completed from the base that it was trained on: "

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from .layer import SealLayer
 
-
 _PLAIN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -208,6 +207,14 @@ def _bnb_4bit(layer: SealLayer, base: Any, scale: Tensor, axis: int) -> Tensor |
     return absmax
 
 
+def _bnb_8bit(layer: SealLayer, base: Any, scale: Tensor, axis: int) -> Tensor | None:
+    """The int8 of bitsandbytes: one statistic for each output, which the first call moves from weight to `state`."""
+    holders = [part for part in (base.weight, base.state) if getattr(part, "SCB", None) is not None and axis == 0]
+    for holder in holders:
+        holder.SCB = (holder.SCB.float() * scale.to(holder.SCB.device)).to(holder.SCB.dtype)
+    return holders[0].SCB if holders else None
+
+
 def _unpacked(weight: Any) -> Any:
     """Undo the layout that bitsandbytes gives a weight at its first inference on a CPU with AVX512-BF16.
 
@@ -285,8 +292,10 @@ def _attribute_names(cls: Any) -> list[str]:
 # By the name of the weight's class, or of the layer's: importing the packages here would make them requirements.
 _EXACT: dict[str, Callable[[Any, Any, Tensor, int], Tensor | None]] = {
     "Params4bit": _bnb_4bit,
+    "Int8Params": _bnb_8bit,
     "HQQLinear": _hqq,
     "IntxUnpackedToInt8Tensor": _torchao(("scale",), transposed=False),
+    "Int8Tensor": _torchao(("scale",), transposed=False),
     "Int4Tensor": _torchao(("scale", "zero_point"), transposed=True),
     "Int4TilePackedTo4dTensor": _torchao(("scale_and_zero",), transposed=True),
 }

@@ -155,7 +155,7 @@ def _heads_axis(model_type: str | None) -> int:
 def _groups(attention: Any, name: str, model_type: str | None, num_heads: int | None) -> int:
     """How often the pattern of queries, keys and values repeats in a fused projection."""
     match model_type:
-        case "gpt2" | "mpt" | "phi3":
+        case "gpt2" | "modernbert" | "mpt" | "phi3":
             return 1
         case "bloom" | "gpt_neox" | "gpt_neox_japanese" | "persimmon":
             return num_heads or 0

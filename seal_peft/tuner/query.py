@@ -103,10 +103,11 @@ class QueryNorm(QueryLinear):
         super().check_can_merge(adapter_names)
         norm: Any = self.get_base_layer()
         if any(name in self.seal_delta for name in adapter_names) and not self._takes_scales(norm):
+            weight = getattr(norm, "weight", None)
+            held = "no weight of its own" if weight is None else f"a weight of shape {tuple(weight.shape)}"
             raise ValueError(
-                f"Query scales cannot be merged into this model's {type(norm).__name__}: its weight, shape "
-                f"{tuple(getattr(norm, 'weight', torch.empty(0)).shape)}, is not one factor for each channel of all "
-                f"{self.geometry.num_heads} heads. Merge the output site alone, "
+                f"Query scales cannot be merged into this model's {type(norm).__name__}: it has {held}, not one "
+                f"factor for each channel of all {self.geometry.num_heads} heads. Merge the output site alone, "
                 "`model.merge_adapter(sites=['output'])`, and keep the query scales as an adapter, "
                 "`seal_peft.save_adapter(model, folder, sites=['query'])`; `seal-peft merge --sites output` does both."
             )
@@ -128,7 +129,9 @@ class QueryNorm(QueryLinear):
         }
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(1, 1, *weight.shape, generator=generator).to(weight.device, weight.dtype)
-        expected, found = norm(x) * factor.view(weight.shape), other(x)
+        # A norm that accelerate offloads has a `forward` of its own, which in the copy is still that of the original.
+        forward = type(norm).forward
+        expected, found = forward(norm, x) * factor.view(weight.shape), forward(other, x)
         return bool(torch.allclose(found, expected, rtol=2e-2, atol=1e-3))
 
     @torch.no_grad()
