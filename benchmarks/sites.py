@@ -195,6 +195,8 @@ class Bench:
         path = self.path(system, rate, seed) / "scores.json"
         if path.is_file():
             return json.loads(path.read_text())
+        begun = path.with_name("scores-begun.json")
+        scores: dict[str, list[float]] = json.loads(begun.read_text()) if begun.is_file() else {}
         if rate:
             self.train(system, rate, seed)
         model = load_model(self.options.model).eval()
@@ -206,11 +208,12 @@ class Bench:
             make_growing(model)
         self.tokenizer = self.tokenizer or load_tokenizer(self.options.model)
         samples = read_samples(self.folder / "test.jsonl")
-        scores: dict[str, list[float]] = {}
-        found = score_answers(model, self.tokenizer, samples, self.options.batch_tokens)
-        for sample, score in zip(samples, found, strict=True):
-            scores.setdefault(str(sample.length), []).append(score)
-        write_json(path, scores)
+        for length in self.setting.test_lengths:
+            if str(length) not in scores:
+                asked = [sample for sample in samples if sample.length == length]
+                scores[str(length)] = score_answers(model, self.tokenizer, asked, self.options.batch_tokens)
+                write_json(begun, scores)
+        begun.rename(path)
         return scores
 
     # -- all of them --------------------------------------------------------------------------------------------------
@@ -303,7 +306,7 @@ def main() -> None:
     parser.add_argument("--rates_of", choices=SETTINGS, help="take each system's rate from this setting's search")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--num_samples", type=int, default=100, help="test samples of each length")
-    parser.add_argument("--batch_tokens", type=int, default=100_000, help="tokens that are answered together")
+    parser.add_argument("--batch_tokens", type=int, default=200_000, help="tokens that are answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no job later than this")
     parser.add_argument("--until", type=float, default=math.inf, help=argparse.SUPPRESS)

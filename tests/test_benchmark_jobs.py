@@ -101,9 +101,15 @@ def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: py
     for name in ("long", "beyond", "ntk"):
         (table,) = filled(f"results/sites-{name}.json", {**result, name: result["tiny"]})
         assert "| query | 8 | 0.1 | 0.00 (0.00 to 0.79) |" in table
-    (tmp_path / "work" / "tiny" / "base-0-0" / "scores.json").unlink()
+    base = tmp_path / "work" / "tiny" / "base-0-0" / "scores.json"
+    base.unlink()
     with pytest.raises(SystemExit, match="tiny: jobs are left; call this again to go on"):
         sites["main"]()
+    # A killed test keeps the lengths that were answered.
+    base.with_name("scores-begun.json").write_text(json.dumps({"512": [1.0]}))
+    monkeypatch.setattr(sys, "argv", ["sites.py", "work", *shlex.split(words)])
+    sites["main"]()
+    assert json.loads(base.read_text()) == {"512": [1.0]}
 
 
 def test_the_benchmark_of_steps_adds_to_its_file_and_fills_its_table(
