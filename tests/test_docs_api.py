@@ -5,6 +5,7 @@ import inspect
 import json
 import re
 import textwrap
+from dataclasses import fields
 from pathlib import Path
 
 import peft
@@ -17,6 +18,7 @@ from test_docs_code import furnished, workplace  # noqa: F401 (fixtures)
 
 ROOT = Path(__file__).parents[1]
 PAGES = ["README.md", *(str(page.relative_to(ROOT)) for page in sorted((ROOT / "docs").glob("*.md")))]
+PEFT_FIELDS = {field.name for field in fields(peft.PeftConfig)}
 PUBLIC = [name for name in seal_peft.__all__ if name != "__version__"]
 WITH_EXAMPLE = [
     *PUBLIC,
@@ -77,6 +79,13 @@ def test_all_of_the_api_page_has_words():
             assert set(inspect.signature(target).parameters) <= set(documented), name
             assert inspect.signature(target).return_annotation == "None" or "Returns:" in words, name
             assert not re.search(r"^ +raise ", inspect.getsource(target), re.MULTILINE) or "Raises:" in words, name
+
+
+def test_the_table_of_settings_is_that_of_the_config():
+    own = [f for f in fields(seal_peft.SealConfig) if f.name not in PEFT_FIELDS and f.metadata["help"][:6] != "Filled"]
+    rows = [f"| `{f.name}` | `{f.default!r}` | {f.metadata['help']} |" for f in own]
+    table = text("docs/adapters.md").partition("\n## Settings\n")[2].partition("\n## ")[0]
+    assert re.findall(r"^\| `.+$", table, re.MULTILINE) == rows
 
 
 # huggingface_hub 2.4.0 uploads large files in a way that httpx2 no longer likes.
