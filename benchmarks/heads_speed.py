@@ -103,9 +103,9 @@ def speed_of(options: argparse.Namespace, heads: Heads, rows: dict[str, list[Enc
         "naive_pruning": naive,
     }
     gradient_map(heads, some[:1], activation_checkpointing=options.activation_checkpointing)
-    for site in ("output", "query"):
-        took = seconds(lambda s=site: gradient_map(heads, some, s, options.activation_checkpointing))
-        result[f"gradient_{site}"] = {
+    for sites in (["output"], ["query"], ["output", "query"]):
+        took = seconds(lambda s=sites: gradient_map(heads, some, s, options.activation_checkpointing))
+        result[f"gradient_{'_'.join(sites)}"] = {
             "seconds": took,
             "forwards_per_sample": took / len(some) / median(kept),
             "forward_backwards_per_sample": took / len(some) / median(both),

@@ -35,7 +35,7 @@ def gradients_of_an_adapter(model, sites: tuple[str, ...]) -> dict[str, torch.Te
 @pytest.mark.parametrize("name", ["llama", "gemma3_text", "gpt_oss", "gpt2", "olmo2", "deepseek_v3", "falcon"])
 def test_output_gradients_are_those_that_an_adapter_trains_with(name: str) -> None:
     expected = gradients_of_an_adapter(base_model(name), ("output",))
-    found = gradient_map(find_heads(base_model(name)), ROWS)
+    found = gradient_map(find_heads(base_model(name)), ROWS)["output"]
     assert list(expected) == list(ARCHITECTURES[name].projections)
     for own, theirs in zip(found, expected.values(), strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-6)
@@ -45,15 +45,24 @@ def test_output_gradients_are_those_that_an_adapter_trains_with(name: str) -> No
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gemma2", "gpt2", "deepseek_v3"])
 def test_query_gradients_are_those_that_an_adapter_trains_with(name: str) -> None:
     expected = gradients_of_an_adapter(base_model(name), ("query",))
-    found = gradient_map(find_heads(base_model(name)), ROWS, "query")
-    for own, theirs in zip(found, expected.values(), strict=True):
+    alone = gradient_map(find_heads(base_model(name)), ROWS, ["query"])
+    assert list(alone) == ["query"]
+    for own, theirs in zip(alone["query"], expected.values(), strict=True):
         torch.testing.assert_close(own, theirs, rtol=1e-4, atol=1e-6)
         assert theirs.abs().max() > 1e-3
 
 
+def test_both_sites_from_one_backward_pass_are_those_of_one_each() -> None:
+    heads = find_heads(base_model("qwen3"))
+    both = gradient_map(heads, ROWS, ["output", "query"])
+    for site, found in both.items():
+        for own, alone in zip(found, gradient_map(heads, ROWS, [site])[site], strict=True):
+            torch.testing.assert_close(own, alone, rtol=1e-5, atol=1e-7)
+
+
 def test_they_are_slopes_of_the_loss() -> None:
     model, step = base_model("llama").double(), 1e-2
-    found = gradient_map(find_heads(model), ROWS[:1])
+    found = gradient_map(find_heads(model), ROWS[:1])["output"]
     (name, _), *_ = ARCHITECTURES["llama"].projections.items()
     for head, channel in ((0, 0), (1, 7), (3, 11)):
         sides = []
@@ -71,7 +80,7 @@ def test_they_are_slopes_of_the_loss() -> None:
 
 def test_of_an_adapted_model_it_is_the_slope_on_top_of_its_scales() -> None:
     model = models.adapted("llama", "head")
-    found = gradient_map(find_heads(model), ROWS[:1])
+    found = gradient_map(find_heads(model), ROWS[:1])["output"]
     layer, step = next(iter(models.seal_layers(model).values())), 1e-2
     before = layer.offset("default").detach().clone()
     sides = []
@@ -84,8 +93,10 @@ def test_of_an_adapted_model_it_is_the_slope_on_top_of_its_scales() -> None:
 
 def test_checkpointing_changes_the_memory_and_nothing_else() -> None:
     model = base_model("gemma2")
-    for site in ("output", "query"):
-        for a, b in zip(*(gradient_map(find_heads(model), ROWS, site, c) for c in (False, True)), strict=True):
+    sites = ("output", "query")
+    plain, less = (gradient_map(find_heads(model), ROWS, sites, checkpointed) for checkpointed in (False, True))
+    for site in sites:
+        for a, b in zip(plain[site], less[site], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-8)
     assert not [module for module in model.modules() if "forward" in module.__dict__]
 
@@ -94,7 +105,7 @@ def test_a_sample_takes_one_forward_pass_and_leaves_no_gradient() -> None:
     model = base_model("llama").train()
     calls = []
     handle = model.register_forward_hook(lambda module, args, output: calls.append(module.training))
-    gradient_map(find_heads(model), ROWS)
+    gradient_map(find_heads(model), ROWS, ["output", "query"])
     handle.remove()
     assert calls == [False] * len(ROWS)
     assert model.training
@@ -105,12 +116,12 @@ def test_a_sample_takes_one_forward_pass_and_leaves_no_gradient() -> None:
 def test_a_frozen_model_and_one_in_inference_have_gradients_too() -> None:
     model = base_model("llama").requires_grad_(False)
     with torch.no_grad(), torch.enable_grad(), scoring(find_heads(model)):
-        found = gradient_map(find_heads(model), ROWS[:1])
+        found = gradient_map(find_heads(model), ROWS[:1])["output"]
     assert found[0].abs().max() > 0
 
 
 def test_what_cannot_be_done_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="site='key' was given; use one of: output, query"):
-        gradient_map(find_heads(base_model("llama")), ROWS, "key")
+    with pytest.raises(ValueError, match="The site 'key' was given; use some of: output, query"):
+        gradient_map(find_heads(base_model("llama")), ROWS, ["key"])
     with pytest.raises(ValueError, match="FalconAttention of FalconForCausalLM does not call its attention function"):
-        gradient_map(find_heads(base_model("falcon")), ROWS, "query")
+        gradient_map(find_heads(base_model("falcon")), ROWS, ["query"])

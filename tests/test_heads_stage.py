@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from matplotlib.image import imread
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, T5Config
@@ -15,6 +16,7 @@ from seal_peft import SealConfig, save_adapter, scales
 from seal_peft.data import read_samples, write_samples
 from seal_peft.heads import encode_samples, find_heads, gradient_map, pruning_map
 from seal_peft.heads.maps import as_tensor
+from seal_peft.heads.pictures import draw_maps
 from seal_peft.loading import load_model, load_tokenizer
 from stages import error_of, save_model, seal, some_samples
 
@@ -65,6 +67,16 @@ def test_every_score_has_a_file_and_a_picture(house: Path) -> None:
         assert (house / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_the_mlps_write_is_a_column_of_the_picture(tmp_path: Path) -> None:
+    heads = find_heads(models.base_model("llama"))
+    nothing = {"direct_logit": {8: torch.zeros(heads.shape)}}
+    mlps = {"direct_logit": {8: torch.full((heads.shape[0],), 5.0)}}
+    files = draw_maps(nothing, heads, tmp_path / "heads.png"), draw_maps(nothing, heads, tmp_path / "m.png", mlps=mlps)
+    pixels = [torch.tensor(imread(file)) for file in files]  # both with the red of the colour bar
+    without, red = (int(((own[..., 0] > 0.3) & (own[..., 1:3].amax(-1) < 0.2)).sum()) for own in pixels)
+    assert red > without + 1000
+
+
 def test_the_maps_are_what_the_functions_return(house: Path) -> None:
     samples = [sample for sample in read_samples(house / "samples.jsonl") if sample.length == 500]
     rows = encode_samples(samples, load_tokenizer(str(house / "model")))
@@ -74,7 +86,7 @@ def test_the_maps_are_what_the_functions_return(house: Path) -> None:
     found = as_tensor(record["maps"]["pruning_zero"]["500"]["mean"])
     torch.testing.assert_close(found, pruned.logprob.mean(0), rtol=1e-4, atol=1e-5)
     assert record["base"]["500"]["logprob"]["mean"] == pytest.approx(pruned.base.logprob.mean().item(), abs=1e-4)
-    gradients = gradient_map(heads, rows)
+    gradients = gradient_map(heads, rows)["output"]
     channels = load_file(house / "out" / "gradient-channels.safetensors")
     name = heads.layers[1].name
     torch.testing.assert_close(channels[f"500.{name}"], gradients[1].mean(0), rtol=1e-4, atol=1e-6)

@@ -25,46 +25,58 @@ Site = Literal["output", "query"]
 
 
 def gradient_map(
-    heads: Heads, rows: Sequence[EncodedSample], site: Site = "output", activation_checkpointing: bool = False
-) -> list[Tensor]:
+    heads: Heads,
+    rows: Sequence[EncodedSample],
+    sites: Sequence[Site] = ("output",),
+    activation_checkpointing: bool = False,
+) -> dict[str, list[Tensor]]:
     """Compute `dL/ds` at `s = 1`, L being the mean negative log-likelihood of a measured token.
 
-    One forward and one backward pass per sample give it for every channel. Where the model wears an adapter, `s`
-    stands on top of the adapter's scales.
+    One forward and one backward pass per sample give it for every channel and query, all sites together. Where the
+    model wears an adapter, `s` stands on top of the adapter's scales.
 
     Args:
         heads: The heads of a model, from `find_heads`.
         rows: Samples, from `encode_samples`.
-        site: `"output"` scales the output of each head. `"query"` scales its queries, that is its attention logits.
+        sites: `"output"` scales the output of each head. `"query"` scales its queries, that is its attention logits.
         activation_checkpointing: Keep only what enters each layer and compute it again for the backward pass: less
             memory, a forward pass more.
 
     Returns:
-        For each layer with heads an fp32 tensor on the CPU: `(samples, num_heads, head_dim)` for outputs, whose sum
-        over channels is the head's; `(samples, num_heads)` for queries. Above 0, turning down helps.
+        By site, for each layer with heads, an fp32 tensor on the CPU: `(samples, num_heads, head_dim)` for outputs,
+        whose sum over channels is the head's; `(samples, num_heads)` for queries. Above 0, turning down helps.
 
     Raises:
-        ValueError: The site is not known, or the model's queries cannot be seen.
+        ValueError: A site is not known, or the model's queries cannot be seen.
     """
-    if site not in get_args(Site):
-        raise ValueError(f"site={site!r} was given; use one of: {', '.join(get_args(Site))}.")
+    for site in sites:
+        if site not in get_args(Site):
+            raise ValueError(f"The site {site!r} was given; use some of: {', '.join(get_args(Site))}.")
     device = heads.base.device
-    found: list[list[Tensor]] = [[] for _ in heads.layers]
+    shapes = {
+        site: [layer.geometry if site == "output" else layer.geometry[:1] for layer in heads.layers] for site in sites
+    }
+    found: dict[str, list[list[Tensor]]] = {site: [[] for _ in heads.layers] for site in sites}
     with ExitStack() as stack:
         stack.enter_context(scoring(heads))
         if activation_checkpointing:
             stack.enter_context(_checkpointing(heads.blocks))
-        for row in tqdm(rows, desc=f"Gradients ({site})", unit="sample", delay=1.0):
-            shapes = [layer.geometry if site == "output" else layer.geometry[:1] for layer in heads.layers]
-            scales = [torch.ones(shape, device=device, requires_grad=True) for shape in shapes]
+        for row in tqdm(rows, desc="Gradients", unit="sample", delay=1.0):
+            scales = {
+                site: [torch.ones(shape, device=device, requires_grad=True) for shape in own]
+                for site, own in shapes.items()
+            }
             batch, labels = collate([row], device)
-            with _scaled_outputs(heads, scales) if site == "output" else _scaled_queries(heads, scales):
+            with ExitStack() as scaling:
+                for site, own in scales.items():
+                    scaling.enter_context(_SCALED[site](heads, own))
                 loss = -score_logits(heads.model(**batch).logits, labels).logprob.sum()
                 # Queries that were not seen have no gradient; leaving the context says so.
-                grads = torch.autograd.grad(loss, scales, allow_unused=True) if loss.requires_grad else ()
-            for own, grad in zip(found, grads, strict=True):
-                own.append(grad.cpu())
-    return [torch.stack(own) for own in found]
+                flat = [scale for own in scales.values() for scale in own]
+                grads = iter(torch.autograd.grad(loss, flat, allow_unused=True) if loss.requires_grad else ())
+            for layer in (layer for own in found.values() for layer in own):
+                layer.append(next(grads).cpu())
+    return {site: [torch.stack(layer) for layer in own] for site, own in found.items()}
 
 
 @contextmanager
@@ -93,6 +105,9 @@ def _scaled_queries(heads: Heads, scales: Sequence[Tensor]) -> Iterator[None]:
 
     with around_attention(heads, scaled):
         yield
+
+
+_SCALED = {"output": _scaled_outputs, "query": _scaled_queries}
 
 
 @contextmanager

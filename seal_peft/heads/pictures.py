@@ -20,7 +20,13 @@ _QUADRANT_COLOURS = {1: "#D55E00", 2: "#999999", 3: "#0072B2", 4: "#999999", 0: 
 _QUADRANTS = {1: "helps at both", 2: "helps at the longer", 3: "hurts at both", 4: "helps at the shorter"}
 
 
-def draw_maps(maps: Mapping[str, Mapping[Any, Tensor]], heads: Heads, path: Path, centre: float | None = 0.0) -> Path:
+def draw_maps(
+    maps: Mapping[str, Mapping[Any, Tensor]],
+    heads: Heads,
+    path: Path,
+    centre: float | None = 0.0,
+    mlps: Mapping[str, Mapping[Any, Tensor]] | None = None,
+) -> Path:
     """Draw maps as layers x heads: one row per map, one column per length.
 
     Args:
@@ -28,6 +34,7 @@ def draw_maps(maps: Mapping[str, Mapping[Any, Tensor]], heads: Heads, path: Path
         heads: The heads of the model.
         path: PNG file to write.
         centre: Value that is white, colours diverging from it; `None` for maps that start at 0.
+        mlps: `(layers,)` in the same way: a column beside the heads, in the colours that suit the heads.
 
     Raises:
         ImportError: matplotlib is missing.
@@ -43,6 +50,11 @@ def draw_maps(maps: Mapping[str, Mapping[Any, Tensor]], heads: Heads, path: Path
         colours = "viridis" if centre is None else "RdBu_r"
         for axes, (length, values) in zip(row, by_length.items(), strict=False):
             axes.set_facecolor("#bbbbbb")  # no such head; white is a value
+            if mlps:
+                gap = torch.full((layers, 1), torch.nan)
+                values = torch.cat([values, gap, mlps[title][length][:, None]], dim=1)
+                every = range(0, width, max(1, width // 4))
+                axes.set_xticks([*every, width + 1], [*map(str, every), "MLP"])
             image = axes.imshow(values.tolist(), cmap=colours, vmin=limits[0], vmax=limits[1], aspect="auto")
             axes.set_title(f"{title}\n{length:,} tokens" if length else title, fontsize=10)
             axes.set(xlabel="head", ylabel="layer")

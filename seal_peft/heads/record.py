@@ -63,7 +63,7 @@ def write_score(
     for shares in (True, False):
         drawn = {title: own for title, own in means.items() if (title in _SHARES) == shares and _is_main(title)}
         if drawn:
-            draw_maps(drawn, heads, folder / f"{name}.png", None if shares else 0.0)
+            draw_maps(drawn, heads, folder / f"{name}.png", None if shares else 0.0, _mlps(record))
     write_json(folder / f"{name}.json", record)  # last: it says that the rest is there
     if score.channels:
         share_as(folder / f"{name}.json", [folder / CHANNELS])
@@ -95,6 +95,14 @@ def _means(record: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
     return {
         title: {int(length): as_tensor(summary["mean"]) for length, summary in own.items()}
         for title, own in record["maps"].items()
+    }
+
+
+def _mlps(record: Mapping[str, Any]) -> dict[str, dict[int, Tensor]]:
+    """What the MLPs wrote, for the one score that knows."""
+    return {
+        title: {int(length): as_tensor(parts["mlps"]["mean"]) for length, parts in own.items()}
+        for title, own in record.get("parts", {}).items()
     }
 
 

@@ -41,11 +41,10 @@ class Score:
 def score_gradient(
     heads: Heads, rows: ByLength, sites: Sequence[Any], activation_checkpointing: bool = False
 ) -> Score:
-    """Run `gradient_map` for every length and site."""
+    """Run `gradient_map` for every length."""
     score = Score()
     for length, own in rows.items():
-        for site in sites:
-            found = gradient_map(heads, own, site, activation_checkpointing)
+        for site, found in gradient_map(heads, own, sites, activation_checkpointing).items():
             values = heads.empty(len(own))
             for position, (layer, grads) in enumerate(zip(heads.layers, found, strict=True)):
                 if site == "output":
