@@ -152,9 +152,9 @@ def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
 
 def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: CardFacts) -> dict[str, Any]:
     """Fill the blanks of the template."""
-    learned = scales(folder).values() if config.get("sites", ["output"]) else []
+    learned = scales(folder) if config.get("sites", ["output"]) else {}
     counts = {
-        per: sum(scale.numel() for scale in learned if scale.dim() == dim)
+        per: sum(scale.numel() for scale in learned.values() if scale.dim() == dim)
         for dim, per in ((1, "head"), (2, "channel of every head"))
     }
     numbers = " and ".join(f"{count:,}, one per {per}" for per, count in counts.items() if count) or "none"
@@ -172,6 +172,7 @@ def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: Car
         and f"The weights at training were those of the 4-bit GGUF file in the Python package {package}, unpacked: "
         "close to the ones on the Hub, not equal.",
         "numbers": numbers,
+        "on_norms": any("norm" in name.rpartition(".")[2] for name in learned),
         "trained": markdown_table(_trained_rows(config, run, numbers)),
         "has_run": bool(run),
         "extended": config.get("rope_parameters") or config.get("self_extend"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import glob
+import logging
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,8 @@ from .together import check_together, split_together
 from .tuner import save_adapter
 from .tuner.config import check_sites
 from .tuner.saving import disk_is_full, share_as
+
+logger = logging.getLogger(__name__)
 
 # Folder, inside that of the merged model, of an adapter with what was not merged.
 REST = "seal_adapter"
@@ -105,6 +108,10 @@ def merge(arguments: MergeArguments) -> Path:
         merged.save_pretrained(folder)
         share_as(folder / "config.json", folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)
+    if rest:
+        logger.warning(
+            "Scales at %s are not in the merged model; they stay an adapter of it: %s.", ", ".join(rest), target / REST
+        )
     return target
 
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import models
 import seal_peft
-from seal_peft import SealConfig
+from seal_peft import SealConfig, save_adapter
 from seal_peft.assets import SMOLLM2_HUB_ID, public_id, resolve_model, smollm2_package
 from seal_peft.card import MARKER, CardFacts, render_card, write_card
 from seal_peft.files import write_json
@@ -127,6 +127,15 @@ def test_the_card_loads_what_it_is_the_card_of(house: Path) -> None:
     exec(compile(code, "card", "exec"), defined)
     assert type(defined["plain"]).__name__ == "LlamaForCausalLM"
     assert code.startswith("import seal_peft")
+
+
+@pytest.mark.parametrize(("name", "merges"), [("llama", True), ("qwen3", False)])
+def test_the_card_promises_to_merge_only_what_stands_on_no_norm(tmp_path: Path, name: str, merges: bool) -> None:
+    adapted = get_peft_model(models.base_model(name), SealConfig(sites=("output", "query"), task_type="CAUSAL_LM"))
+    save_adapter(adapted, tmp_path)
+    text = render_card(tmp_path, {}, CardFacts())
+    assert ("merge_and_unload" in text) == merges
+    assert ("seal-peft merge --sites output" in text) != merges
 
 
 def test_what_is_not_known_is_not_made_up(tmp_path: Path) -> None:

@@ -58,7 +58,9 @@ def test_only_the_attention_outputs_of_the_base_change(house: Path, tmp_path: Pa
         assert torch.equal(merged[name], base[name]) != ("o_proj" in name), name
 
 
-def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(tmp_path: Path) -> None:
+def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     model = save_model(tmp_path / "model")
     base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     adapted = get_peft_model(base, SealConfig(task_type="CAUSAL_LM", sites=("output", "query")))
@@ -67,13 +69,15 @@ def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(tm
     adapted.save_pretrained(str(tmp_path / "adapter"))
     words = ["--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     assert seal("merge", *words, "--sites", "output") == 0
+    rest = tmp_path / "merged" / "seal_adapter"
+    assert f"Scales at query are not in the merged model; they stay an adapter of it: {rest}." in caplog.messages
     plain, old = (load_file(folder / "model.safetensors") for folder in (tmp_path / "merged", model))
     assert {name for name in old if not torch.equal(old[name], plain[name])} == {
         f"model.layers.{layer}.self_attn.o_proj.weight" for layer in range(models.LAYERS)
     }
-    rest = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "merged" / "seal_adapter", dtype=torch.float32)
-    assert rest.peft_config["default"].sites == ("query",)
-    torch.testing.assert_close(models.logits(rest), models.logits(adapted), rtol=0, atol=1e-5)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(rest, dtype=torch.float32)
+    assert loaded.peft_config["default"].sites == ("query",)
+    torch.testing.assert_close(models.logits(loaded), models.logits(adapted), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("asked", "stored"), [("stored", "bfloat16"), ("float32", "float32")])

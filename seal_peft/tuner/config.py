@@ -286,7 +286,10 @@ def check_sites(sites: Sequence[str]) -> tuple[Site, ...]:
     """
     known = get_args(Site)
     if isinstance(sites, str) or not sites or set(sites) - set(known) or len(set(sites)) < len(sites):
-        raise ValueError(f"sites={sites!r} is not allowed. Use ('output',), ('query',) or ('output', 'query').")
+        raise ValueError(
+            f"sites={sites!r} is not allowed. Use ('output',), ('query',) or ('output', 'query'), on the command line "
+            "`--sites output query`."
+        )
     return tuple(site for site in known if site in sites)
 
 

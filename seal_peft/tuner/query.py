@@ -107,9 +107,10 @@ class QueryNorm(QueryLinear):
             held = "no weight of its own" if weight is None else f"a weight of shape {tuple(weight.shape)}"
             raise ValueError(
                 f"Query scales cannot be merged into this model's {type(norm).__name__}: it has {held}, not one "
-                f"factor for each channel of all {self.geometry.num_heads} heads. Merge the output site alone, "
-                "`model.merge_adapter(sites=['output'])`, and keep the query scales as an adapter, "
-                "`seal_peft.save_adapter(model, folder, sites=['query'])`; `seal-peft merge --sites output` does both."
+                f"factor for each channel of all {self.geometry.num_heads} heads. They stay an adapter. Output scales "
+                "merge alone: `seal-peft merge --sites output` keeps the others as an adapter beside the model; in "
+                "Python, `model.merge_adapter(sites=['output'])` and `seal_peft.save_adapter(model, folder, "
+                "sites=['query'])`."
             )
 
     @torch.no_grad()
