@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
@@ -194,6 +194,16 @@ def test_add_beside_says_what_it_cannot_add():
         seal_peft.add_beside(model, SealConfig(), "more")
     with pytest.raises(ValueError, match="Add SEAL first"):
         seal_peft.add_beside(get_peft_model(base_model("llama"), lora_config(), "style"), _ia3(), "third")
+    soft = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    prompted = get_peft_model(base_model("llama"), soft, "soft")
+    with pytest.raises(ValueError, match="The model is made for PROMPT_TUNING"):
+        seal_peft.add_beside(prompted, SealConfig(), "heads")
+    assert prompted.active_adapters == ["soft"]
+
+
+def test_one_name_where_a_list_is_wanted_is_said():
+    with pytest.raises(TypeError, match=r"use a list of names: \['default'\]"):
+        seal_peft.activate(adapted("llama"), "default")
 
 
 def _ia3():

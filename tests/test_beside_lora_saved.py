@@ -105,10 +105,15 @@ def test_a_merged_pair_saves_the_same_files(tmp_path):
         assert all(torch.equal(before[key], merged[key]) for key in before)
 
 
-def test_several_adapters_of_seal_load_beside_lora(tmp_path):
+def test_several_adapters_of_seal_load_beside_lora_and_say_that_all_act(tmp_path, caplog):
     build().save_pretrained(tmp_path)
+    seal_peft.load_adapters(base_model("llama"), tmp_path)
+    assert not caplog.messages
     adapted("llama", "channel", seed=7).save_pretrained(tmp_path / "fine")
     model = seal_peft.load_adapters(base_model("llama"), tmp_path)
+    assert any(
+        text.startswith("Adapters fine, heads are all active, so their scales multiply") for text in caplog.messages
+    )
     assert sorted(model.active_adapters) == ["fine", "heads", "style"]
     seal_peft.activate(model, ["heads", "style"])
     same(model, by_hand(model))

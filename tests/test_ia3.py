@@ -74,6 +74,14 @@ def test_an_adapter_is_exported_from_whatever_surrounds_it(tmp_path):
         torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
 
 
+def test_a_folder_with_an_adapter_of_another_method_is_not_written_over(tmp_path):
+    adapted("llama").save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="holds a SEAL adapter, which would be lost"):
+        export_ia3(tmp_path, tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+
+
 @granularities
 def test_a_folder_exports_like_its_model(granularity, tmp_path):
     model = adapted("llama", granularity)

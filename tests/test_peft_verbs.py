@@ -246,6 +246,15 @@ def test_disabling_gives_the_base_and_enabling_the_adapter_back(two):
     assert torch.equal(logits(two), before)
 
 
+def test_merging_an_adapter_that_is_not_there_is_refused_instead_of_merging_none():
+    model = adapted("llama")
+    expected = logits(model)
+    for merge in (lambda: model.merge_adapter(["nope"]), lambda: model.merge_and_unload(adapter_names=["nope"])):
+        with pytest.raises(ValueError, match="no adapters named nope to merge. It has default."):
+            merge()
+    assert torch.equal(logits(model), expected)
+
+
 def test_disabling_a_merged_adapter_gives_the_base():
     model = adapted("llama")
     before = logits(model)

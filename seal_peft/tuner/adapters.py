@@ -23,8 +23,9 @@ def set_strength(model: nn.Module, alpha: float, adapter_name: str = "default") 
     """Set how strongly an adapter acts: its scales become `1 + alpha * (s - 1)`.
 
     1 is the adapter as trained, 0 the base model (under the RoPE that the adapter brings, if any), values between
-    interpolate, values above extrapolate. The strength is a setting of the model in memory and is not saved;
-    `add_weighted_adapter` makes an adapter that keeps it.
+    interpolate, values above extrapolate. The strength is a setting of the model in memory and is not saved, and it
+    stays when another adapter is swapped in. `add_weighted_adapter(["default"], [alpha], "name")` makes an adapter of
+    that strength; its weights are of adapters as trained, whatever strength was set.
 
     Args:
         model: A model that carries the adapter.

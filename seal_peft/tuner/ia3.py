@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from peft.config import PeftConfig
 from peft.tuners.ia3 import IA3Config
-from peft.utils import get_peft_model_state_dict
+from peft.utils import CONFIG_NAME, get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -48,8 +48,9 @@ def export_ia3(
         The IA3 folder.
 
     Raises:
-        ValueError: There is no such SEAL adapter, a folder alone does not tell where its scales lie, query scales are
-            on a norm, or the adapter brings RoPE parameters: IA3 knows neither.
+        ValueError: The output folder holds an adapter of another method, there is no such SEAL adapter, a folder
+            alone does not tell where its scales lie, query scales are on a norm, or the adapter brings RoPE
+            parameters: IA3 knows neither.
 
     Example:
         ```python
@@ -57,6 +58,9 @@ def export_ia3(
         model = PeftModel.from_pretrained(base_model, folder)  # in any process, without this package
         ```
     """
+    there = Path(output_dir) / CONFIG_NAME
+    if there.is_file() and (kind := PeftConfig.from_json_file(str(there)).get("peft_type")) != "IA3":
+        raise ValueError(f"{output_dir} holds a {kind} adapter, which would be lost. Choose another output_dir.")
     queries: dict[str, SealLayer] = {}
     if isinstance(model, nn.Module):
         config, state, sizes, conv1d = _seal_in_model(model, adapter_name)

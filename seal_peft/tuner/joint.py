@@ -5,6 +5,7 @@ PEFT's own tuner models know the layers of their own method only. Here SEAL's dr
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from peft.peft_model import PeftModel
 
     from .model import SealModel
+
+logger = logging.getLogger(__name__)
 
 # What a Trainer writes into each of its checkpoints.
 _TRAINER_STATE = "trainer_state.json"
@@ -53,7 +56,7 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
 
     Raises:
         TypeError: The model is no PEFT model yet, or the config is not one of PEFT's.
-        ValueError: The name is taken, or the model has adapters of the config's method only.
+        ValueError: The name is taken, the model has adapters of the config's method only, or of prompt learning.
 
     Example:
         ```python
@@ -74,6 +77,11 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
     old, new = (str(PeftType(kind).value) for kind in (model.peft_type, config.peft_type))
     if old == new:
         raise ValueError(f"The model is made for {new} already; add more of it with `model.add_adapter`.")
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            f"The model is made for {old}, which has no layers that SEAL could stand beside. Only methods that put "
+            "modules into the model go together with SEAL."
+        )
     inner: Any = model.get_base_model()
     driver: Any = model.base_model
     with warnings.catch_warnings():
@@ -137,6 +145,12 @@ def load_adapters(
             model = add_beside(model, configs[name], name)
         model.load_adapter(paths[name], name, is_trainable=is_trainable)
     activate(model, names, inference_mode=not is_trainable)
+    if len(scaled := [name for name in names if isinstance(configs[name], SealConfig)]) > 1:
+        logger.warning(
+            "Adapters %s are all active, so their scales multiply. Which were active when they were saved is not on "
+            "record: choose with `seal_peft.activate(model, [...])`.",
+            ", ".join(scaled),
+        )
     return model
 
 
@@ -149,6 +163,7 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
         inference_mode: Whether the activated adapters are frozen. `False` makes them trainable, as PEFT does.
 
     Raises:
+        TypeError: One name was given instead of a list.
         ValueError: The model has no adapter of one of the names.
 
     Example:
@@ -158,6 +173,8 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
     """
     from peft.peft_model import PeftModel
 
+    if isinstance(adapter_names, str):
+        raise TypeError(f"adapter_names={adapter_names!r} was given; use a list of names: [{adapter_names!r}].")
     names = list(adapter_names)
     known = list(getattr(model, "peft_config", {}))
     if unknown := sorted(set(names) - set(known)):

@@ -169,6 +169,9 @@ class SealModel(BaseTuner):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def _check_layers(self, adapter_names: list[str] | None, sites: Sequence[Site]) -> None:
+        if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
+            known = ", ".join(self.peft_config)
+            raise ValueError(f"The model has no adapters named {', '.join(unknown)} to merge. It has {known}.")
         layers = [layer for layer in self.model.modules() if isinstance(layer, Linear) and layer.site in sites]
         check_untied(self.model, layers)
         for layer in layers:
