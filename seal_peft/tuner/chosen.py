@@ -64,13 +64,12 @@ def check_chosen(config: SealConfig, found: Mapping[str, int]) -> None:
                 f"target_heads={config.target_heads} cannot tell the heads of {other} from those of {parent}: both "
                 f"begin with {_layer(name)}. Leave one of them out with `exclude_modules`, or take all heads."
             )
-    known = [f"{_layer(name)}{head}" for name, heads in found.items() for head in range(heads)]
+    known = {f"{_layer(name)}{head}" for name, heads in found.items() for head in range(heads)}
     missing = [head for head in config.target_heads if head not in known]
     if missing:
         raise ValueError(
             f"target_heads names heads that the model does not have, or that other settings leave out: "
-            f"{', '.join(missing)}. Heads are named by layer and head, both from 0: here {known[0]} to "
-            f"{known[-1]}."
+            f"{', '.join(missing)}. Heads are named L14H7: layer 14, head 7, both from 0."
         )
 
 
