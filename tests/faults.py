@@ -2,9 +2,15 @@
 
 import os
 import signal
+import threading
 import warnings
 from collections.abc import Callable
 from typing import Any
+
+from tqdm import tqdm
+
+# Its own lock is one for all forks: what is killed or stopped while it holds it stops the progress bars of all others.
+tqdm.set_lock(threading.RLock())
 
 
 def die(*args: Any, **kwargs: Any) -> None:
@@ -30,6 +36,11 @@ def start(action: Callable[[], Any]) -> int:
         finally:
             os._exit(code)
     return child
+
+
+def runs(child: int) -> bool:
+    """Whether a fork goes on; it can still be waited for if not."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
 
 
 def signal_that_ended(child: int) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import models
 import nvidia_ruler as nvidia
-from faults import signal_that_ended, start
+from faults import runs, signal_that_ended, start
 from processes import launch_two
 from seal_peft import SealConfig
 from seal_peft.data import write_samples
@@ -91,7 +91,7 @@ def kill_at_a_random_moment(arguments: EvaluateArguments, rng: random.Random) ->
     folder = Path(arguments.output_dir)
     goal, delay = rows_in(folder) + rng.randint(0, 15), rng.uniform(0, 0.05)
     child = start(lambda: evaluate(arguments))
-    while rows_in(folder) < goal and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+    while rows_in(folder) < goal and runs(child):
         time.sleep(0.002)
     time.sleep(delay)
     os.kill(child, signal.SIGKILL)
@@ -122,6 +122,7 @@ def test_a_second_evaluation_into_a_folder_at_work_is_refused_and_harms_nothing(
     arguments = arguments_for(house, tmp_path, guard=bool(nvidia.SPEC))
     child = start(lambda: evaluate(arguments))
     while not rows_in(tmp_path):
+        assert runs(child), f"it ended before its first answer, by signal {signal_that_ended(child)}"
         time.sleep(0.002)
     os.kill(child, signal.SIGSTOP)
     with pytest.raises(ValueError, match=f"Another process is writing to {tmp_path}. Wait"):
