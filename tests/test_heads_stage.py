@@ -45,7 +45,7 @@ FULL = ["--scores", "pruning", "gradient", "retrieval", "direct_effect"]  # in a
 FULL += ["--ablations", "zero", "mean", "--channels_of", "L0H1", "--generate_heads", 1, "--quadrants", "Q1=0.9,Q3=1.1"]
 
 
-def run(folder: Path, *words: object, out: str = "out") -> int:
+def run(folder: Path, *words: object, out: str | Path = "out") -> int:
     base = ["--model_name_or_path", folder / "model", "--test_file", folder / "samples.jsonl"]
     return seal("heads", *base, "--dtype", "float32", "--output_dir", folder / out, *words)
 
@@ -137,6 +137,48 @@ def test_a_second_call_keeps_what_is_finished_and_computes_what_changed(
     changed = {path.stem for path, own in before.items() if path.read_bytes() != own}
     assert changed == {"gradient"}
     assert list(read(house / "out" / "gradient.json")["maps"]) == ["gradient"]
+
+
+def test_scores_of_earlier_calls_stay_in_the_table(house: Path) -> None:
+    words = ["--sites", "output"]
+    assert run(house, "--scores", "gradient", *words, out="grown") == 0
+    gradient = (house / "grown" / "gradient.json").read_bytes()
+    assert run(house, "--scores", "retrieval", "--adapter", house / "adapter", out="grown") == 0
+    table = read(house / "grown" / "heads.json")
+    assert {"gradient@400", "gradient@500", "retrieval_copy@400", "scale"} <= set(table["heads"][0])
+    assert table["rank_correlations"]["500"]["retrieval_mass"]["gradient"] is not None
+    assert set(table["top"]) >= {"gradient@400", "retrieval_mass@400"}
+    # The base model's scores do not depend on what stands beside them.
+    assert run(house, "--scores", "gradient", *words, "--adapter", house / "adapter", out="grown") == 0
+    assert (house / "grown" / "gradient.json").read_bytes() == gradient
+    assert set(read(house / "grown" / "heads.json")["heads"][0]) == set(table["heads"][0])
+
+
+def test_scores_with_other_settings_do_not_get_into_the_table(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, adapted = tmp_path / "out", ["--adapter", house / "adapter"]
+    assert run(house, "--scores", "direct_effect", *adapted, out=out) == 0
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for words, changed in ((["--measure", "target", *adapted], "measure"), ([], "adapter")):
+        assert run(house, "--scores", "retrieval", *words, out=out) == 1
+        message = f"{out} holds direct_effect scores with other settings ({changed}). Give the same settings, add"
+        assert message in error_of(capsys)
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
+    assert run(house, "--scores", "retrieval", "direct_effect", out=out) == 0  # as the message says: computed anew
+    assert "direct_logit_adapter@400" not in read(out / "heads.json")["heads"][0]
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[]", '{"mine": 1}'])
+def test_a_file_of_somebody_else_is_not_written_over(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    file = tmp_path / "gradient.json"
+    file.write_text(content)
+    for scores in ("gradient", "retrieval"):
+        assert run(house, "--scores", scores, out=tmp_path) == 1
+        assert f"{file} is not a file of `seal-peft heads`. Remove it" in error_of(capsys)
+    assert file.read_text() == content
 
 
 def test_the_adapted_model_can_be_scored_in_place_of_the_base(house: Path) -> None:

@@ -26,17 +26,39 @@ _SHARES = ("retrieval_copy", "retrieval_mass")
 
 def finished(folder: Path, name: str, key: str) -> dict[str, Any] | None:
     """Return what an earlier call wrote of a score, if model, samples and settings were the same."""
+    record = _read(folder, name)
+    return record if record and record["fingerprint"] == key else None
+
+
+def left(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return what an earlier call wrote of a score that this call was not asked for, to stand in its table.
+
+    Raises:
+        ValueError: Its settings are others than these, so that one table cannot have it beside the rest.
+    """
+    record = _read(folder, name)
+    if record is None:
+        return None
+    changed = [setting for setting, value in settings.items() if record["settings"].get(setting) != value]
+    if changed:
+        raise ValueError(
+            f"{folder} holds {name} scores with other settings ({', '.join(changed)}). Give the same settings, add "
+            f"{name} to --scores to compute it anew, or choose another --output_dir."
+        )
+    return record
+
+
+def _read(folder: Path, name: str) -> dict[str, Any] | None:
     path = folder / f"{name}.json"
     if not path.is_file():
         return None
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{path} is not a file of `seal-peft heads`. Remove it, or choose another --output_dir."
-        ) from error
-    same = isinstance(record, dict) and record.get("fingerprint") == key
-    return record if same and (not _has_channels(record) or (folder / CHANNELS).is_file()) else None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"maps", "settings", "fingerprint"} <= record.keys():
+        raise ValueError(f"{path} is not a file of `seal-peft heads`. Remove it, or choose another --output_dir.")
+    return record if not _has_channels(record) or (folder / CHANNELS).is_file() else None
 
 
 def write_score(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
 
@@ -45,12 +45,19 @@ from .maps import as_tensor, scale_columns
 from .pictures import draw_quadrants
 from .pruning import BATCH_TOKENS, Ablation
 from .quadrants import parse_factors, quadrant_scales, quadrants, save_head_scales
-from .record import finished, write_comparison, write_score
+from .record import finished, left, write_comparison, write_score
 from .retrieval import check_needles
 from .scores import Score, add_direct_effect, score_direct_effect, score_gradient, score_pruning, score_retrieval
 from .show import show
 
-SCORES = ("gradient", "pruning", "retrieval", "direct_effect")
+# The settings that are of one score alone; all others are of the whole table.
+_OWN = {
+    "gradient": ("sites",),
+    "pruning": ("ablations", "channels_of", "generate_heads"),
+    "retrieval": (),
+    "direct_effect": (),
+}
+SCORES = tuple(_OWN)
 
 
 @dataclass
@@ -102,7 +109,7 @@ def heads(arguments: HeadsArguments) -> str:
 
     Writes `SCORE.json` and `SCORE.png` for each score, `gradient-channels.safetensors`, and `heads.json` with all
     scores, learned scales and their rank correlations side by side. Scores that an earlier call finished are kept
-    where model, samples and settings are still the same.
+    where model, samples and settings are still the same; those that this call does not ask for stay in the table, too.
 
     Args:
         arguments: See `HeadsArguments`.
@@ -111,8 +118,8 @@ def heads(arguments: HeadsArguments) -> str:
         Tables for the terminal.
 
     Raises:
-        ValueError: A setting is not allowed, or a score has no meaning for the model or the samples; as far as
-            possible raised before the model is loaded.
+        ValueError: A setting is not allowed, a score has no meaning for the model or the samples, or the folder holds
+            a score that is not asked for and has other settings; as far as possible raised before the model is loaded.
         ImportError: matplotlib is missing.
     """
     new_figure(1, 1)
@@ -125,13 +132,14 @@ def heads(arguments: HeadsArguments) -> str:
     _check_model(arguments, longest=max(len(row.input_ids) for row in encoded))
 
     folder = Path(arguments.output_dir)
+    others = [left(folder, name, _settings(arguments, name)) for name in SCORES if name not in arguments.scores]
     model = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     if arguments.adapter:
         model = load_adapter(model, arguments.adapter)
     found = find_heads(model)
     records: dict[str, dict[str, Any]] = {}
     for name in arguments.scores:
-        settings = _settings(arguments, name)
+        settings = _settings(arguments, name) | {own: getattr(arguments, own) for own in _OWN[name]}
         key = fingerprint(name, settings)
         record = finished(folder, name, key)
         if record is None:
@@ -146,7 +154,7 @@ def heads(arguments: HeadsArguments) -> str:
             record = write_score(folder, name, score, found, key, settings)
         records[name] = record
     columns = scale_columns(scales(arguments.adapter), found) if arguments.adapter else {}
-    comparison = write_comparison(folder, list(records.values()), columns, found)
+    comparison = write_comparison(folder, [*records.values(), *filter(None, others)], columns, found)
     lines = show(comparison, folder)
     if arguments.quadrants:
         plain = find_heads(unload_adapter(model)) if isinstance(model, PeftModel) else found
@@ -207,23 +215,17 @@ def _check_model(arguments: HeadsArguments, longest: int) -> None:
 
 
 def _settings(arguments: HeadsArguments, name: str) -> dict[str, Any]:
-    """Everything that a score depends on, as JSON values; its file is kept as long as these are the same."""
-    own = {
-        "gradient": ["sites"],
-        "pruning": ["ablations", "channels_of", "generate_heads"],
-        "retrieval": [],
-        "direct_effect": [],
-    }[name]
-    given = asdict(arguments)
+    """Everything but its own settings that a score depends on, as JSON values."""
     uses_adapter = arguments.apply_adapter or name == "direct_effect"
-    shared = ["measure", "apply_adapter", "attn_implementation"]
     return {
         "model": identity(locate_model(arguments.model_name_or_path)),
-        "adapter": arguments.adapter and uses_adapter and identity(arguments.adapter),
+        "adapter": identity(arguments.adapter) if arguments.adapter and uses_adapter else None,
         "samples": hashlib.sha256(Path(arguments.test_file).read_bytes()).hexdigest(),
         "dtype": str(pick_dtype(arguments.dtype)),
         "device": pick_device().type,
-        **{setting: given[setting] for setting in shared + own},
+        "measure": arguments.measure,
+        "apply_adapter": arguments.apply_adapter,
+        "attn_implementation": arguments.attn_implementation,
     }
 
 
