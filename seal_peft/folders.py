@@ -1,4 +1,4 @@
-"""Whose an output folder is: no stage writes among the files of another."""
+"""Whose an output folder is: no stage but `report`, which is for people, writes among the files of another."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 _FILES = {
     "train": ("adapter_config.json", "run.json", "unfinished.json", "checkpoint-*"),
     "evaluate": ("predictions*.jsonl", "metrics.json"),
+    "heads": ("heads.json", "gradient.json", "pruning.json", "retrieval.json", "direct_effect.json"),
     "merge": ("config.json", "model*.safetensors"),
 }
 
@@ -17,7 +18,7 @@ def check_output_folder(folder: Path, stage: str) -> None:
 
     Args:
         folder: Need not exist.
-        stage: `train` or `evaluate`.
+        stage: `train`, `evaluate` or `heads`.
 
     Raises:
         ValueError: Another stage wrote into it; the message names what is there.

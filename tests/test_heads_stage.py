@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from seal_peft.heads import encode_samples, find_heads, gradient_map, pruning_ma
 from seal_peft.heads.maps import as_tensor
 from seal_peft.heads.pictures import draw_maps
 from seal_peft.loading import load_model, load_tokenizer
-from stages import error_of, save_model, seal, some_samples
+from stages import error_of, save_model, save_samples, seal, some_samples
 
 ALL = ["gradient", "pruning", "retrieval", "direct_effect"]
 SCALES = ["scale", "scale_query"]
@@ -179,6 +180,19 @@ def test_a_file_of_somebody_else_is_not_written_over(
         assert run(house, "--scores", scores, out=tmp_path) == 1
         assert f"{file} is not a file of `seal-peft heads`. Remove it" in error_of(capsys)
     assert file.read_text() == content
+
+
+def test_scores_do_not_mix_with_the_files_of_another_stage(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for folder, held in (("adapter", "adapter_config.json"), ("model", "config.json, model.safetensors")):
+        before = sorted((house / folder).iterdir())
+        assert run(house, "--scores", "gradient", out=folder) == 1
+        assert re.search(rf"/{folder} holds what `seal-peft \w+` writes \({held}\)", error_of(capsys))
+        assert sorted((house / folder).iterdir()) == before
+    base = ["--model_name_or_path", house / "model", "--output_dir", house / "out"]
+    files = ["--train_file", save_samples(house / "train.jsonl"), "--test_file", house / "samples.jsonl"]
+    for stage, words in (("train", files[:2]), ("evaluate", files[2:])):
+        assert seal(stage, *base, *words) == 1
+        assert f"{house / 'out'} holds what `seal-peft heads` writes (direct_effect.json, " in error_of(capsys)
 
 
 def test_the_adapted_model_can_be_scored_in_place_of_the_base(house: Path) -> None:

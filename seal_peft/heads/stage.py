@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..data import check_window, read_samples
+from ..folders import check_output_folder
 from ..loading import (
     DTYPE_HELP,
     Dtype,
@@ -119,7 +120,8 @@ def heads(arguments: HeadsArguments) -> str:
 
     Raises:
         ValueError: A setting is not allowed, a score has no meaning for the model or the samples, or the folder holds
-            a score that is not asked for and has other settings; as far as possible raised before the model is loaded.
+            files of another stage, or a score that is not asked for and has other settings; as far as possible raised
+            before the model is loaded.
         ImportError: matplotlib is missing.
     """
     new_figure(1, 1)
@@ -181,6 +183,7 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
     if arguments.apply_adapter and (not arguments.adapter or arguments.quadrants):
         raise ValueError("--apply_adapter needs an --adapter, and --quadrants are about the base model without it.")
     pick_dtype(arguments.dtype)
+    check_output_folder(Path(arguments.output_dir), "heads")
     samples = read_samples(arguments.test_file)
     if not samples:
         raise ValueError(f"{arguments.test_file} holds no samples. Make some with `seal-peft make-data`.")
