@@ -4,12 +4,14 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from matplotlib.image import imread
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
+from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, T5Config
 
 import models
@@ -215,6 +217,32 @@ def test_gradients_at_queries_alone_have_no_channels_and_are_kept_too(house: Pat
     assert not (house / "query" / "gradient-channels.safetensors").exists()
     assert run(house, *words, out="query") == 0
     assert (house / "query" / "gradient.json").read_bytes() == before
+
+
+def test_every_progress_bar_has_a_name_of_its_own(
+    house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names, start = [], tqdm.__init__
+
+    def noted(bar: tqdm, *words: Any, **options: Any) -> None:
+        names.append(options.get("desc"))
+        start(bar, *words, **options)
+
+    monkeypatch.setattr(tqdm, "__init__", noted)  # they show after a second only
+    words = ["--adapter", house / "adapter", "--ablations", "zero", "mean", "--channels_of", "L0H1", "L1H2"]
+    assert run(house, *words, out=tmp_path) == 0
+    for length in (400, 500):
+        for what in (
+            "Gradients",
+            "Pruning heads to zero",
+            "Pruning heads to mean",
+            "Pruning channels of L0H1 to zero",
+            "Pruning channels of L1H2 to zero",
+            "Retrieval",
+            "Direct effect",
+            "Direct effect (wrong tokens given)",
+        ):
+            assert names.count(f"{what}, {length} tokens") == 1
 
 
 def test_samples_of_no_set_length_are_one_map(house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .inputs import EncodedSample
+from .inputs import EncodedSample, bar_of
 from .layers import Heads, scoring
 from .stream import Parts, read_parts
 
@@ -74,8 +74,9 @@ def direct_effect(heads: Heads, rows: Sequence[EncodedSample], wrong: Sequence[i
     """
     both: list[list[Tensor]] = [[], []]
     others: list[int] = []
+    bar = bar_of("Direct effect" if wrong is None else "Direct effect (wrong tokens given)", rows)
     with scoring(heads), torch.inference_mode():
-        for number, row in enumerate(tqdm(rows, desc="Direct effect", unit="sample", delay=1.0)):
+        for number, row in enumerate(tqdm(rows, desc=bar, unit="sample", delay=1.0)):
             parts = read_parts(heads, row.input_ids[: row.first + 1])
             right = row.input_ids[row.first + 1]
             if wrong is None:

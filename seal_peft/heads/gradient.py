@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..tuner.scale import scale_channels
 from .attention import around_attention
-from .inputs import EncodedSample, collate, score_logits
+from .inputs import EncodedSample, bar_of, collate, score_logits
 from .layers import Heads, scoring
 
 Site = Literal["output", "query"]
@@ -61,7 +61,7 @@ def gradient_map(
         stack.enter_context(scoring(heads))
         if activation_checkpointing:
             stack.enter_context(_checkpointing(heads.blocks))
-        for row in tqdm(rows, desc="Gradients", unit="sample", delay=1.0):
+        for row in tqdm(rows, desc=bar_of("Gradients", rows), unit="sample", delay=1.0):
             scales = {
                 site: [torch.ones(shape, device=device, requires_grad=True) for shape in own]
                 for site, own in shapes.items()

@@ -70,6 +70,12 @@ def encode_samples(
     return encoded
 
 
+def bar_of(what: str, rows: Sequence[EncodedSample]) -> str:
+    """Name the progress bar of a score: what is done, at which lengths."""
+    lengths = sorted({row.length for row in rows} - {0})  # 0 is that of samples that were not made to fill one
+    return ", ".join([what, *(f"{length:,} tokens" for length in lengths)])
+
+
 def collate(rows: Sequence[EncodedSample], device: torch.device) -> tuple[dict[str, Any], Tensor]:
     """Return the model's arguments for some rows, and the labels `(B, K)` of its last K logits."""
     batch = AnswerCollator()([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])

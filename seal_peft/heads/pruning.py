@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from .inputs import AnswerScore, EncodedSample, collate
-from .layers import Heads, scoring
+from .inputs import AnswerScore, EncodedSample, bar_of, collate
+from .layers import Heads, head_name, scoring
 from .resume import group_by_beginning, read_samples_once
 
 Ablation = Literal["zero", "mean"]
@@ -75,7 +75,7 @@ def pruning_map(
             [_Part(h * size, (h + 1) * size, position * heads.shape[1] + h) for h in range(layer.geometry.num_heads)]
         )
     results = torch.full((3, len(rows), *heads.shape), torch.nan)
-    return _prune(heads, rows, parts, ablation, batch_tokens, results)
+    return _prune(heads, rows, parts, ablation, batch_tokens, results, "heads")
 
 
 def prune_channels(
@@ -102,7 +102,9 @@ def prune_channels(
     size = heads.layers[layer].geometry.head_dim
     parts: list[list[_Part]] = [[] for _ in heads.layers]
     parts[layer] = [_Part(head * size + c, head * size + c + 1, c) for c in range(size)]
-    return _prune(heads, rows, parts, ablation, batch_tokens, torch.full((3, len(rows), size), torch.nan))
+    results = torch.full((3, len(rows), size), torch.nan)
+    what = f"channels of {head_name(heads.layers[layer].number, head)}"
+    return _prune(heads, rows, parts, ablation, batch_tokens, results, what)
 
 
 def _prune(
@@ -112,12 +114,14 @@ def _prune(
     ablation: str,
     batch_tokens: int,
     results: Tensor,
+    what: str,
 ) -> Pruned:
     if ablation not in ("zero", "mean"):
         raise ValueError(f"ablation={ablation!r} was given; use 'zero' or 'mean'.")
     base, flat = torch.empty(3, len(rows)), results.view(3, len(rows), -1)
     total = len(rows) * sum(map(len, parts))
-    with scoring(heads), torch.inference_mode(), tqdm(total=total, desc="Pruning", unit="head", delay=1.0) as progress:
+    bar = bar_of(f"Pruning {what} to {ablation}", rows)
+    with scoring(heads), torch.inference_mode(), tqdm(total=total, desc=bar, unit="value", delay=1.0) as progress:
         fill: Sequence[Tensor | None] = [None] * len(heads.layers)
         if ablation == "mean":
             fill = head_means(heads, rows)

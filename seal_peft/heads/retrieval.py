@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from ..tokens import IGNORED
 from .attention import around_attention
-from .inputs import EncodedSample, collate
+from .inputs import EncodedSample, bar_of, collate
 from .layers import Heads, scoring
 
 
@@ -51,7 +51,7 @@ def retrieval_map(heads: Heads, rows: Sequence[EncodedSample]) -> Retrieval:
     check_needles(rows)
     copy, mass = heads.empty(len(rows)), heads.empty(len(rows))
     with scoring(heads), torch.inference_mode():
-        for number, row in enumerate(tqdm(rows, desc="Retrieval", unit="sample", delay=1.0)):
+        for number, row in enumerate(tqdm(rows, desc=bar_of("Retrieval", rows), unit="sample", delay=1.0)):
             weights = attention_rows(heads, row)
             needle = torch.tensor(row.needle)
             for layer, own in enumerate(weights):
