@@ -90,7 +90,7 @@ def draw_quadrants(maps: Mapping[int, Tensor], found: Tensor, heads: Heads, path
             places = x[chosen].tolist(), y[chosen].tolist()
             axes.scatter(*places, s=14, color=_QUADRANT_COLOURS[number], label=label, alpha=0.8, zorder=2 + number % 2)
     distance = (x.square() + y.square()).nan_to_num(nan=-1.0).flatten()
-    for i in distance.argsort(descending=True)[:_LABELLED].tolist():
+    for i in distance.argsort(descending=True, stable=True)[:_LABELLED].tolist():
         layer, head = divmod(i, x.shape[1])
         place = (x[layer, head].item(), y[layer, head].item())
         name = head_name(heads.layers[layer].number, head)
