@@ -60,10 +60,9 @@ def test_tied_heads_stand_in_the_order_of_layer_and_head() -> None:
     heads = find_heads(base_model("llama"))
     values = torch.randint(-2, 3, (2, 200), generator=torch.Generator().manual_seed(0)).float()
     by_place = [(f"L{layer}H{head}", values[layer, head].item()) for layer in range(2) for head in range(200)]
-    assert top_heads(values, heads, 400) == sorted(
-        by_place, key=lambda own: -own[1]
-    )  # Python keeps the order of equals
-    assert [name for name, _ in top_heads(-values, heads, 400)] == [n for n, _ in sorted(by_place, key=lambda o: o[1])]
+    for sign in (1, -1):
+        expected = sorted(by_place, key=lambda own: -sign * own[1])  # keeps the order of equals
+        assert [name for name, _ in top_heads(sign * values, heads, 400)] == [name for name, _ in expected]
 
 
 def test_the_table_has_every_score_of_a_head_beside_its_scale() -> None:
