@@ -53,6 +53,27 @@ def test_a_folder_without_adapters_is_named(tmp_path):
         seal_peft.load_adapters(base_model("llama"), tmp_path)
 
 
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda name, out: seal_peft.hotswap_adapter(adapted("llama"), name),
+        lambda name, out: seal_peft.load_adapters(base_model("llama"), {"heads": name}),
+        lambda name, out: seal_peft.export_ia3(name, out),
+        lambda name, out: seal_peft.import_ia3(name, out, base_model=base_model("llama")),
+    ],
+    ids=["hotswap_adapter", "load_adapters", "export_ia3", "import_ia3"],
+)
+def test_a_folder_that_holds_no_adapter_is_told_from_one_that_is_not_there(read, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"There is no folder '.*nowhere'\. Give the folder of an adapter, or a Hub id"
+    ):
+        read(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' is not an adapter: give a folder that holds an adapter_config.json"):
+        read(tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_heads_are_those_of_a_model_of_transformers():
     with pytest.raises(TypeError, match="a model of transformers, got a Linear"):
         find_heads(torch.nn.Linear(2, 2))

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import SealConfig
 from .geometry import HeadGeometry, attention_of, default_target_modules, head_geometry, is_linear
 from .layer import SealLayer
+from .reading import read_adapter
 from .saving import write_adapter
 from .scales import layers_with
 from .weights import SCALES, checked_weights, take_settings
@@ -129,7 +130,7 @@ def import_ia3(
         seal_peft.import_ia3("runs/demo/ia3", "runs/demo/again", base_model=base_model)
         ```
     """
-    source, config = str(folder), PeftConfig.from_pretrained(str(folder))
+    source, config = str(folder), read_adapter(str(folder))
     if not isinstance(config, IA3Config):
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; import_ia3 reads IA3 adapters.")
     base_model = _skeleton(config) if base_model is None else base_model
@@ -195,7 +196,7 @@ def _query_layers(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
 
 
 def _seal_in_folder(folder: Path) -> tuple[SealConfig, dict[str, Tensor], _Sizes]:
-    config = SealConfig.from_pretrained(str(folder))
+    config = read_adapter(str(folder))
     if not isinstance(config, SealConfig):
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; export_ia3 writes SEAL adapters.")
     if "query" in config.sites:
