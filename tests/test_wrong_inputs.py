@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import seal_peft
@@ -72,6 +72,13 @@ def test_a_folder_that_holds_no_adapter_is_told_from_one_that_is_not_there(read,
     with pytest.raises(ValueError, match="empty' is not an adapter: give a folder that holds an adapter_config.json"):
         read(tmp_path / "empty", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config, SealConfig])
+def test_an_adapter_without_its_weights_is_told_so(config, tmp_path):
+    config(target_modules=["o_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"There is an adapter_config.json in .* but no adapter_model\.safetensors"):
+        seal_peft.load_adapters(base_model("llama"), {"one": tmp_path})
 
 
 def test_heads_are_those_of_a_model_of_transformers():

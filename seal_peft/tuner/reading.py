@@ -7,20 +7,20 @@ from pathlib import Path
 from huggingface_hub import HfApi, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 from peft.config import PeftConfig
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 
 from .saving import finish_save
 from .weights import check_weights_file
 
 
 def read_adapter(path: str) -> PeftConfig:
-    """Load an adapter's config, and find damaged files before any model is loaded.
+    """Load an adapter's config, and find missing and damaged files before any model is loaded.
 
     Args:
         path: Folder or Hub id of an adapter of any PEFT method.
 
     Raises:
-        ValueError: There is no adapter, its method is not known, or its files are broken.
+        ValueError: There is no adapter, its method is not known, or its files are broken or missing.
     """
     if reason := not_found(path, CONFIG_NAME):
         raise ValueError(f"{reason} Give the folder of an adapter, or a Hub id.")
@@ -34,9 +34,16 @@ def read_adapter(path: str) -> PeftConfig:
         ) from error
     except KeyError as error:
         raise ValueError(f"The adapter {path!r} is of the method {error}, which this PEFT does not know.") from error
-    check_weights_file(str(Path(path) / SAFETENSORS_WEIGHTS_NAME))
+    weights = [Path(path) / name for name in (SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME)]
+    check_weights_file(str(weights[0]))
     # The config of a method may check more than the general one: SEAL's reads the scales.
-    return type(config).from_pretrained(path)
+    config = type(config).from_pretrained(path)
+    if Path(path).is_dir() and not any(file.is_file() for file in weights):
+        raise ValueError(
+            f"There is an {CONFIG_NAME} in {path} but no {SAFETENSORS_WEIGHTS_NAME}. Save the adapter again, or "
+            "download it again."
+        )
+    return config
 
 
 def not_found(name: str, file: str) -> str | None:
