@@ -77,11 +77,15 @@ def test_an_adapter_is_exported_from_whatever_surrounds_it(tmp_path):
 
 
 def test_a_folder_with_an_adapter_of_another_method_is_not_written_over(tmp_path):
-    adapted("llama").save_pretrained(tmp_path)
-    before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="holds a SEAL adapter, which would be lost"):
-        export_ia3(tmp_path, tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    adapted("llama").save_pretrained(tmp_path / "seal")
+    export_ia3(tmp_path / "seal", tmp_path / "ia3")
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("seal", "ia3")]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(ValueError, match="holds an adapter of SEAL, which would be lost"):
+        export_ia3(tmp_path / "seal", tmp_path / "seal")
+    with pytest.raises(ValueError, match="holds an adapter of IA3, which would be lost"):
+        import_ia3(tmp_path / "ia3", tmp_path / "ia3", base_model=base_model("llama"))
+    assert [file.read_bytes() for file in files] == before
 
 
 @granularities

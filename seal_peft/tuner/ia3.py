@@ -16,7 +16,7 @@ import torch
 from peft.config import PeftConfig
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import CONFIG_NAME, get_peft_model_state_dict
+from peft.utils import get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -61,9 +61,6 @@ def export_ia3(
         model = PeftModel.from_pretrained(base_model, folder)  # in any process, without this package
         ```
     """
-    there = Path(output_dir) / CONFIG_NAME
-    if there.is_file() and (kind := PeftConfig.from_json_file(str(there)).get("peft_type")) != "IA3":
-        raise ValueError(f"{output_dir} holds a {kind} adapter, which would be lost. Choose another output_dir.")
     queries: dict[str, SealLayer] = {}
     if isinstance(model, nn.Module):
         config, state, sizes, conv1d = _seal_in_model(model, adapter_name)
@@ -124,8 +121,9 @@ def import_ia3(
         The SEAL folder.
 
     Raises:
-        ValueError: The adapter is no IA3 adapter, scales outputs or other modules, does not fit the base model, or its
-            factors are not constant within a head although `granularity="head"`.
+        ValueError: The output folder holds an adapter of another method, or the adapter to import is no IA3 adapter,
+            scales outputs or other modules, does not fit the base model, or has factors that are not constant within a
+            head although `granularity="head"`.
         OSError: The base model that the adapter names cannot be read, and no other was given.
 
     Example:
