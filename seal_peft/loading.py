@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from huggingface_hub import HfApi, try_to_load_from_cache
-from huggingface_hub.errors import HFValidationError
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assets import public_id, resolve_model
 from .tuner import load_adapters
-from .tuner.weights import check_weights_file
+from .tuner.reading import not_found, read_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +64,7 @@ def load_config(model_name_or_path: str) -> Any:
         ValueError: It is an adapter.
     """
     name = locate_model(model_name_or_path)
-    if reason := _not_found(name, "config.json"):
+    if reason := not_found(name, "config.json"):
         raise OSError(f"{reason} Give the folder of a model, a Hub id, or the word smollm2.")
     if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
         raise ValueError(
@@ -100,53 +98,6 @@ def load_model(model_name_or_path: str, dtype: str = "auto", attn_implementation
         attn_implementation=attn_implementation,
     )
     return model.to(pick_device())
-
-
-def read_adapter(path: str) -> PeftConfig:
-    """Load an adapter's config, and find damaged files before any model is loaded.
-
-    Args:
-        path: Folder or Hub id of an adapter of any PEFT method.
-
-    Raises:
-        ValueError: There is no adapter, its method is not known, or its files are broken.
-    """
-    if reason := _not_found(path, CONFIG_NAME):
-        raise ValueError(f"{reason} Give the folder of an adapter, or a Hub id.")
-    try:
-        config = PeftConfig.from_pretrained(path)
-    except (ValueError, OSError) as error:
-        raise ValueError(
-            f"{path!r} is not an adapter: give a folder that holds an adapter_config.json, or a Hub id ({error})."
-        ) from error
-    except KeyError as error:
-        raise ValueError(f"The adapter {path!r} is of the method {error}, which this PEFT does not know.") from error
-    check_weights_file(str(Path(path) / SAFETENSORS_WEIGHTS_NAME))
-    # The config of a method may check more than the general one: SEAL's reads the scales.
-    return type(config).from_pretrained(path)
-
-
-def _not_found(name: str, file: str) -> str | None:
-    """Say in a sentence why there is neither a folder nor a Hub repository of this name; `None` where there is one.
-
-    Most often a folder is mistyped, which may look like a Hub id. One request tells, where those that download would
-    try for half a minute to reach the Hub.
-    """
-    if Path(name).is_dir():
-        return None
-    try:
-        if isinstance(try_to_load_from_cache(name, file), str) or HfApi().file_exists(name, file):
-            return None
-    except HFValidationError:
-        return f"There is no folder {name!r}."
-    except Exception as error:  # what a network can do to a request depends on the Hub's client and its version
-        return (
-            f"There is no folder {name!r}, and the Hub, where it was looked up, refused or did not answer ({error})."
-        )
-    return (
-        f"There is no folder {name!r}, and the Hub, where it was looked up, has no such {file} either. (For a private "
-        "repository, log in with `hf auth login`.)"
-    )
 
 
 def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:

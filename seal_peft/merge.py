@@ -16,17 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from .loading import (
-    base_of_adapter,
-    check_adapter,
-    load_adapter,
-    load_model,
-    load_tokenizer,
-    read_adapter,
-)
+from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer
 from .together import check_together, split_together
 from .tuner import save_adapter
 from .tuner.config import check_sites
+from .tuner.reading import read_adapter
 from .tuner.saving import disk_is_full, share_as
 
 logger = logging.getLogger(__name__)

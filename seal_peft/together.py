@@ -7,7 +7,7 @@ from pathlib import Path
 
 from peft.utils import PeftType
 
-from .loading import read_adapter
+from .tuner.reading import read_adapter
 
 
 def split_together(text: str) -> list[str]:

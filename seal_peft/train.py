@@ -25,13 +25,14 @@ from .data import prompt_hash, read_samples, trained_prompts
 from .dataset import training_rows
 from .files import alone_in, write_json
 from .folders import check_output_folder
-from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype, read_adapter
+from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
 from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
 from .tokens import AnswerCollator
 from .tuner import SealConfig, hotswap_adapter, save_adapter
 from .tuner.config import Granularity, check_sites
+from .tuner.reading import read_adapter
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
 # question each, constant learning rate, one epoch.

@@ -20,7 +20,8 @@ import seal_peft
 from hub_stub import TOKEN, Fault, Hub, running_hub
 from seal_peft import SealConfig, hub
 from seal_peft.files import write_json
-from seal_peft.loading import load_config, read_adapter
+from seal_peft.loading import load_config
+from seal_peft.tuner.reading import read_adapter
 from stages import error_of, python, save_model, save_samples, seal
 
 REPO = "me/my-adapter"
@@ -179,6 +180,20 @@ def test_a_mistyped_folder_costs_one_question_to_the_hub_and_is_called_a_folder(
         ):
             read("runs/typo")
         assert online.requests == [f"HEAD /runs/typo/resolve/main/{file}"] * 2
+
+
+@pytest.mark.filterwarnings("ignore:Could not find a config file in someone/tiny:UserWarning")
+def test_what_reads_an_adapter_takes_the_id_of_one_on_the_hub(adapter: Path, online: Hub, tmp_path: Path) -> None:
+    push(adapter)
+    expected = seal_peft.scales(adapter)
+    swapped = models.adapted("llama", "channel")
+    seal_peft.hotswap_adapter(swapped, REPO)
+    together = seal_peft.load_adapters(models.base_model("llama"), {"heads": REPO})
+    folder = seal_peft.import_ia3(
+        seal_peft.export_ia3(REPO, tmp_path / "ia3"), tmp_path / "again", base_model=models.base_model("llama")
+    )
+    for found in (seal_peft.scales(swapped), seal_peft.scales(together, "heads"), seal_peft.scales(folder)):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore:Could not find a config file in someone/tiny:UserWarning")

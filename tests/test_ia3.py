@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ ROUND_TRIP = ["llama", "gemma3_text", "deepseek_v3", "gpt2", "opt", "gpt_neox", 
 granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
 
 
-def ia3_adapter(base: nn.Module, targets: list[str], inputs: list[str] | None = None) -> PeftModel:
+def ia3_adapter(base: nn.Module, targets: list[str], inputs: list[str] | None = None, **settings: Any) -> PeftModel:
     """Return a model with IA3 vectors that are not the identity."""
-    config = IA3Config(target_modules=targets, feedforward_modules=targets if inputs is None else inputs)
+    inputs = targets if inputs is None else inputs
+    config = IA3Config(target_modules=targets, feedforward_modules=inputs, **settings)
     model = get_peft_model(base, config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -75,11 +77,15 @@ def test_an_adapter_is_exported_from_whatever_surrounds_it(tmp_path):
 
 
 def test_a_folder_with_an_adapter_of_another_method_is_not_written_over(tmp_path):
-    adapted("llama").save_pretrained(tmp_path)
-    before = (tmp_path / "adapter_model.safetensors").read_bytes()
-    with pytest.raises(ValueError, match="holds a SEAL adapter, which would be lost"):
-        export_ia3(tmp_path, tmp_path)
-    assert (tmp_path / "adapter_model.safetensors").read_bytes() == before
+    adapted("llama").save_pretrained(tmp_path / "seal")
+    export_ia3(tmp_path / "seal", tmp_path / "ia3")
+    files = [tmp_path / name / "adapter_model.safetensors" for name in ("seal", "ia3")]
+    before = [file.read_bytes() for file in files]
+    with pytest.raises(ValueError, match="holds an adapter of SEAL, which would be lost"):
+        export_ia3(tmp_path / "seal", tmp_path / "seal")
+    with pytest.raises(ValueError, match="holds an adapter of IA3, which would be lost"):
+        import_ia3(tmp_path / "ia3", tmp_path / "ia3", base_model=base_model("llama"))
+    assert [file.read_bytes() for file in files] == before
 
 
 @granularities
@@ -195,10 +201,43 @@ def test_factors_that_differ_within_a_head_are_no_scales_per_head(tmp_path):
         import_ia3(tmp_path / "ia3", tmp_path / "seal", granularity="head", base_model=base_model("llama"))
 
 
-def test_a_base_of_another_size_is_refused(tmp_path):
-    export_ia3(adapted("llama"), tmp_path / "ia3")
-    with pytest.raises(ValueError, match="has 48 factors, but the base model has 4 heads of 16 channels"):
-        import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=llama(head_dim=16))
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (lambda: llama(head_dim=16), "has 48 factors, but the base model has 4 heads of 16 channels"),
+        (lambda: llama(num_hidden_layers=1), r"layers\.1\.self_attn\.o_proj has no such module in the base model"),
+        (lambda: base_model("gpt2"), r"layers\.0\.self_attn\.o_proj has no such module in the base model"),
+        (
+            lambda: llama(num_hidden_layers=3),
+            r"targets model\.layers\.2\.self_attn\.o_proj .*but has no vector for it",
+        ),
+        (
+            lambda: llama(vocab_size=80),
+            r"lm_head\.weight has shape \(64, 32\), but the base model has shape \(80, 32\)",
+        ),
+        (
+            lambda: base_model("llama").model,
+            r"(no such module in the base model|lm_head\.weight has .* nothing of that name)",
+        ),
+    ],
+)
+def test_a_base_that_the_adapter_does_not_fit_is_refused(other, message, tmp_path):
+    ia3_adapter(base_model("llama"), ["o_proj"], modules_to_save=["lm_head"]).save_pretrained(tmp_path / "ia3")
+    with pytest.raises(ValueError, match=rf"{message}.* Import it with the base model that it was trained on"):
+        import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=other())
+    assert not (tmp_path / "seal").exists()
+
+
+def test_a_base_of_another_name_is_taken_and_one_that_is_gone_is_asked_for(tmp_path):
+    model = ia3_adapter(base_model("llama"), ["o_proj"])
+    model.save_pretrained(tmp_path / "ia3")
+    file = tmp_path / "ia3" / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(tmp_path / "gone")}))
+    with pytest.raises(OSError, match=r"names, '.*gone', cannot be read\. Pass base_model=\.\.\."):
+        import_ia3(tmp_path / "ia3", tmp_path / "seal")
+    import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=base_model("llama"))
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "seal")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=2e-5)
 
 
 def test_adapters_of_the_wrong_kind_are_refused(tmp_path):

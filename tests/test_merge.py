@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from peft import IA3Config, get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
 
 from models import INPUT_IDS, adapted, base_model, draw_scales, logits, seal_layers
-from seal_peft import SealConfig
+from seal_peft import SealConfig, add_beside
 from seal_peft.tuner.geometry import HeadGeometry
 from seal_peft.tuner.layer import Linear
 
@@ -165,6 +165,26 @@ def test_unmerging_what_is_not_merged_warns():
     model = adapted()
     with pytest.warns(UserWarning, match="Already unmerged"):
         model.unmerge_adapter()
+
+
+def test_layers_that_hold_nothing_merged_are_passed_by_without_a_word():
+    beside = add_beside(adapted(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    by_layer = adapted(layers_to_transform=[0])
+    by_layer.add_adapter("other", SealConfig(layers_to_transform=[1], init_weights=False))
+    both = adapted(sites=("output", "query"))
+    for model, merge in (
+        (beside, lambda: beside.merge_adapter(["default"])),
+        (beside, lambda: beside.merge_adapter(["lora"])),
+        (by_layer, lambda: by_layer.merge_adapter(["default"])),
+        (both, lambda: both.merge_adapter(sites=["output"])),
+    ):
+        before = copy.deepcopy(model.state_dict())
+        merge()
+        assert any(not torch.equal(value, before[key]) for key, value in model.state_dict().items())
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model.unmerge_adapter()
+        assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from faults import die, in_a_process_of_its_own
 from models import adapted, base_model, logits, seal_layers
-from seal_peft import SealConfig, add_beside, save_adapter, scales
+from seal_peft import SealConfig, add_beside, hotswap_adapter, save_adapter, scales
 from seal_peft.card import MARKER
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]
@@ -97,6 +97,10 @@ def test_a_killed_save_into_a_new_folder_leaves_no_adapter(step, tmp_path):
     assert not (folder / "adapter_config.json").exists()
     with pytest.raises(ValueError, match="Can't find 'adapter_config.json'"):
         reads_as(folder)
+    if step.startswith("replace"):  # all that was left is moving the files
+        model = adapted("llama", seed=3)
+        hotswap_adapter(model, folder)
+        assert torch.equal(logits(model), reads_as(folder))
 
 
 @pytest.mark.parametrize("step", STEPS)

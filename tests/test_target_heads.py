@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 import models
-from models import INPUT_IDS, base_model
+from models import INPUT_IDS, base_model, llama
 from seal_peft import SealConfig, export_ia3, hotswap_adapter, save_adapter, scales
 from seal_peft.heads import find_heads, save_head_scales
 from stages import save_model, save_samples, seal
@@ -146,8 +146,24 @@ def test_heads_that_the_model_does_not_have_are_refused_before_it_changes(option
 
 
 def test_a_head_of_a_layer_that_is_left_out_is_refused() -> None:
-    with pytest.raises(ValueError, match="or that other settings leave out: L1H0"):
+    with pytest.raises(ValueError, match=r"other settings leave out: L1H0. Heads to choose from: L0 with H0 to H3\."):
         get_peft_model(base_model("llama"), SealConfig(target_heads=["L0H0", "L1H0"], layers_to_transform=[0]))
+    with pytest.raises(ValueError, match=r"leave out: L0H0\. Heads to choose from: none\."):
+        get_peft_model(base_model("llama"), SealConfig(target_heads=["L0H0"], layers_to_transform=[9]))
+
+
+@pytest.mark.parametrize("sites", [("output",), ("output", "query")])
+def test_the_refusal_tells_the_heads_of_all_layers_also_of_those_where_none_was_chosen(sites: tuple[str, ...]) -> None:
+    uneven = llama(num_hidden_layers=6)
+    uneven.model.layers[4].self_attn = llama(num_attention_heads=8).model.layers[0].self_attn
+    for model, told in (
+        (base_model("llama"), "L0 to L1 with H0 to H3"),
+        (uneven, "L0 to L3, L5 with H0 to H3; L4 with H0 to H7"),
+    ):
+        model = get_peft_model(model, SealConfig())
+        for heads in (["L9H0"], ["L1H0", "L1H4"]):
+            with pytest.raises(ValueError, match=rf"Heads to choose from: {told}\. They are named L14H7"):
+                model.add_adapter("few", SealConfig(target_heads=heads, sites=sites))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "gemma3", "gpt_neox"])

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
 import seal_peft
@@ -51,6 +51,34 @@ def test_a_second_method_comes_to_a_peft_model():
 def test_a_folder_without_adapters_is_named(tmp_path):
     with pytest.raises(ValueError, match="There is no adapter in .*a dictionary"):
         seal_peft.load_adapters(base_model("llama"), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda name, out: seal_peft.hotswap_adapter(adapted("llama"), name),
+        lambda name, out: seal_peft.load_adapters(base_model("llama"), {"heads": name}),
+        lambda name, out: seal_peft.export_ia3(name, out),
+        lambda name, out: seal_peft.import_ia3(name, out, base_model=base_model("llama")),
+    ],
+    ids=["hotswap_adapter", "load_adapters", "export_ia3", "import_ia3"],
+)
+def test_a_folder_that_holds_no_adapter_is_told_from_one_that_is_not_there(read, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"There is no folder '.*nowhere'\. Give the folder of an adapter, or a Hub id"
+    ):
+        read(tmp_path / "nowhere", tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty' is not an adapter: give a folder that holds an adapter_config.json"):
+        read(tmp_path / "empty", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [LoraConfig, IA3Config, SealConfig])
+def test_an_adapter_without_its_weights_is_told_so(config, tmp_path):
+    config(target_modules=["o_proj"]).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"There is an adapter_config.json in .* but no adapter_model\.safetensors"):
+        seal_peft.load_adapters(base_model("llama"), {"one": tmp_path})
 
 
 def test_heads_are_those_of_a_model_of_transformers():

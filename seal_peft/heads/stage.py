@@ -30,7 +30,6 @@ from ..loading import (
     locate_model,
     pick_device,
     pick_dtype,
-    read_adapter,
     unload_adapter,
 )
 from ..plots import new_figure
@@ -38,6 +37,7 @@ from ..predictions import fingerprint, identity
 from ..reach import reach
 from ..tasks import Sample, get_task
 from ..tuner import SealConfig, scales
+from ..tuner.reading import read_adapter
 from .generate import generation_without
 from .gradient import Site
 from .inputs import EncodedSample, Measure, encode_samples

@@ -15,6 +15,7 @@ from torch import nn
 from .config import SealConfig, Site
 from .layer import SealLayer
 from .positions import check_same_positions
+from .reading import read_adapter
 from .scales import layers_with
 from .weights import SCALES, checked_weights
 
@@ -60,9 +61,9 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
         adapter_name: Which adapter of the model to overwrite.
 
     Raises:
-        ValueError: The files do not fit: another method or granularity, layers that the model's adapter lacks,
-            other `rope_parameters` or `self_extend`, whole modules beside the scales, or values that are not finite;
-            or the adapter is merged.
+        ValueError: There is no such adapter, or its files do not fit: another method or granularity, layers that the
+            model's adapter lacks, other `rope_parameters` or `self_extend`, whole modules beside the scales, or values
+            that are not finite; or the adapter to overwrite is merged.
 
     Example:
         ```python
@@ -71,8 +72,8 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
     """
     layers = layers_with(model, adapter_name)
     _unmerged_layers(model, adapter_name)
-    config = SealConfig.from_pretrained(str(model_id))
-    if config.peft_type != "SEAL":
+    config = read_adapter(str(model_id))
+    if not isinstance(config, SealConfig):
         raise ValueError(f"{model_id} is an adapter of type {config.peft_type}, so it cannot replace a SEAL adapter.")
     weights = checked_weights(config, load_peft_weights(str(model_id), device="cpu"))
     check_same_positions(config, model, adapter_name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -43,12 +43,13 @@ def chosen_heads(config: SealConfig, name: str) -> list[int] | None:
     return [int(head.removeprefix(start)) for head in config.target_heads if head.startswith(start)]
 
 
-def check_chosen(config: SealConfig, found: Mapping[str, int]) -> None:
+def check_chosen(config: SealConfig, found: Mapping[str, int], all_found: Callable[[], Mapping[str, int]]) -> None:
     """Make sure that every chosen head exists.
 
     Args:
         config: The adapter's config.
         found: Number of heads of each module that is adapted, by name.
+        all_found: Returns the same of each module that would be adapted if all heads were chosen.
 
     Raises:
         ValueError: A chosen head is in none of them, or the name of one is that of several, as where an encoder and a
@@ -69,7 +70,8 @@ def check_chosen(config: SealConfig, found: Mapping[str, int]) -> None:
     if missing:
         raise ValueError(
             f"target_heads names heads that the model does not have, or that other settings leave out: "
-            f"{', '.join(missing)}. Heads are named L14H7: layer 14, head 7, both from 0."
+            f"{', '.join(missing)}. Heads to choose from: {_told(all_found())}. They are named L14H7: layer 14, head "
+            "7, both from 0."
         )
 
 
@@ -97,7 +99,25 @@ def only_chosen(config: SealConfig, name: str, offset: Tensor) -> Tensor:
     return kept
 
 
+def _told(found: Mapping[str, int]) -> str:
+    """Say which layers have which heads: `L0 to L5, L7 with H0 to H3; L6 with H0 to H7`."""
+    layers: dict[int, set[int]] = {}
+    for name, heads in found.items():
+        if number := _number(name):
+            layers.setdefault(heads, set()).add(int(number))
+    return "; ".join(f"{_ranges(numbers)} with H0 to H{heads - 1}" for heads, numbers in layers.items()) or "none"
+
+
+def _ranges(numbers: set[int]) -> str:
+    first, last = (sorted(n for n in numbers if n + step not in numbers) for step in (-1, 1))
+    return ", ".join(f"L{a}" if a == b else f"L{a} to L{b}" for a, b in zip(first, last, strict=True))
+
+
 def _layer(name: str) -> str:
     """How the names of a layer's heads begin."""
+    return f"L{_number(name) or '?'}H"
+
+
+def _number(name: str) -> str | None:
     number = re.search(r"\.(\d+)\.", f".{name}.")
-    return f"L{number[1] if number else '?'}H"
+    return number[1] if number else None

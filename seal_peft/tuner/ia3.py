@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from peft.config import PeftConfig
 from peft.tuners.ia3 import IA3Config
-from peft.utils import CONFIG_NAME, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils import get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -23,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .config import SealConfig
 from .geometry import HeadGeometry, attention_of, default_target_modules, head_geometry, is_linear
 from .layer import SealLayer
+from .reading import read_adapter
 from .saving import write_adapter
 from .scales import layers_with
 from .weights import SCALES, checked_weights, take_settings
@@ -30,6 +32,7 @@ from .weights import SCALES, checked_weights, take_settings
 _PREFIX = "base_model.model."
 _SEAL_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.seal_delta\.weight")
 _IA3_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.ia3_l")
+_ON_ITS_BASE = "Import it with the base model that it was trained on."
 
 
 def export_ia3(
@@ -58,9 +61,6 @@ def export_ia3(
         model = PeftModel.from_pretrained(base_model, folder)  # in any process, without this package
         ```
     """
-    there = Path(output_dir) / CONFIG_NAME
-    if there.is_file() and (kind := PeftConfig.from_json_file(str(there)).get("peft_type")) != "IA3":
-        raise ValueError(f"{output_dir} holds a {kind} adapter, which would be lost. Choose another output_dir.")
     queries: dict[str, SealLayer] = {}
     if isinstance(model, nn.Module):
         config, state, sizes, conv1d = _seal_in_model(model, adapter_name)
@@ -114,14 +114,17 @@ def import_ia3(
         output_dir: Folder of the SEAL adapter.
         granularity: `"channel"` takes every IA3 adapter; `"head"` one whose factors are constant within each head.
         base_model: The base model, which tells where the heads are. `None` builds its layers, without weights, from
-            the config of the base model that the adapter names.
+            the config of the base model that the adapter names. Its modules and shapes must be those that the adapter
+            was trained on; its name, which differs from machine to machine, is not compared.
 
     Returns:
         The SEAL folder.
 
     Raises:
-        ValueError: The adapter is no IA3 adapter, scales outputs or other modules, or its factors are not constant
-            within a head although `granularity="head"`.
+        ValueError: The output folder holds an adapter of another method, or the adapter to import is no IA3 adapter,
+            scales outputs or other modules, does not fit the base model, or has factors that are not constant within a
+            head although `granularity="head"`.
+        OSError: The base model that the adapter names cannot be read, and no other was given.
 
     Example:
         ```python
@@ -129,24 +132,31 @@ def import_ia3(
         seal_peft.import_ia3("runs/demo/ia3", "runs/demo/again", base_model=base_model)
         ```
     """
-    source, config = str(folder), PeftConfig.from_pretrained(str(folder))
+    source, config = str(folder), read_adapter(str(folder))
     if not isinstance(config, IA3Config):
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; import_ia3 reads IA3 adapters.")
     base_model = _skeleton(config) if base_model is None else base_model
-    projections = _projections(base_model)
+    modules, tensors, projections = dict(base_model.named_modules()), base_model.state_dict(), _projections(base_model)
     heads, weights = {}, {}
     for key, value in load_peft_weights(source, device="cpu").items():
         match = _IA3_KEY.fullmatch(key)
         if not match:
+            _check_shape(key, value, tensors)
             weights[key] = value
             continue
         name = match["name"]
+        if name not in modules:
+            raise ValueError(f"The IA3 vector of {name} has no such module in the base model. {_ON_ITS_BASE}")
         _check_scales_heads(name, value, config, projections)
         heads[name] = projections[name]
         weights[f"base_model.model.{name}.seal_delta.weight"] = _offset(name, value, projections[name], granularity)
     if not heads:
         raise ValueError(f"{folder} holds no IA3 vectors.")
-    order = [name for name, _ in base_model.named_modules() if name in heads]
+    if missing := [name for name in projections if name not in heads and check_target_module_exists(config, name)]:
+        raise ValueError(
+            f"The IA3 adapter targets {missing[0]} of the base model, too, but has no vector for it. {_ON_ITS_BASE}"
+        )
+    order = [name for name in modules if name in heads]
     seal = SealConfig(
         **_shared(config),
         target_modules=order,
@@ -195,7 +205,7 @@ def _query_layers(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
 
 
 def _seal_in_folder(folder: Path) -> tuple[SealConfig, dict[str, Tensor], _Sizes]:
-    config = SealConfig.from_pretrained(str(folder))
+    config = read_adapter(str(folder))
     if not isinstance(config, SealConfig):
         raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; export_ia3 writes SEAL adapters.")
     if "query" in config.sites:
@@ -228,7 +238,13 @@ def _skeleton(config: PeftConfig) -> nn.Module:
 
     if not config.base_model_name_or_path:
         raise ValueError("The adapter does not name its base model. Pass base_model=..., the model it was trained on.")
-    base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+    try:
+        base = AutoConfig.from_pretrained(config.base_model_name_or_path, revision=config.revision)
+    except OSError as error:
+        raise OSError(
+            f"The base model that the adapter names, {config.base_model_name_or_path!r}, cannot be read. Pass "
+            f"base_model=..., the model it was trained on. ({error})"
+        ) from error
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(base)
 
@@ -262,7 +278,17 @@ def _check_scales_heads(name: str, vector: Tensor, config: IA3Config, projection
     if vector.numel() != num_heads * head_dim:
         raise ValueError(
             f"The IA3 vector of {name} has {vector.numel()} factors, but the base model has {num_heads} heads of "
-            f"{head_dim} channels there. Import it with the base model that it was trained on."
+            f"{head_dim} channels there. {_ON_ITS_BASE}"
+        )
+
+
+def _check_shape(key: str, value: Tensor, tensors: dict[str, Tensor]) -> None:
+    """Refuse what `modules_to_save` trained on another base."""
+    there = tensors.get(key.removeprefix(_PREFIX))
+    if there is None or there.shape != value.shape:
+        found = "nothing of that name" if there is None else f"shape {tuple(there.shape)}"
+        raise ValueError(
+            f"The adapter's {key} has shape {tuple(value.shape)}, but the base model has {found}. {_ON_ITS_BASE}"
         )
 
 

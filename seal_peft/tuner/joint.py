@@ -22,6 +22,7 @@ from peft.utils.other import _set_adapter as set_on_modules_to_save
 from torch import nn
 
 from .config import SealConfig
+from .reading import read_adapter
 
 if TYPE_CHECKING:
     from peft.peft_model import PeftModel
@@ -120,7 +121,7 @@ def load_adapters(
         A PEFT model with every adapter active. `save_pretrained` on it writes one folder per adapter.
 
     Raises:
-        ValueError: There is no SEAL adapter among the folders, or a file is broken.
+        ValueError: A folder or Hub id is no adapter, none is a SEAL adapter, or a file is broken.
 
     Example:
         ```python
@@ -131,7 +132,7 @@ def load_adapters(
 
     folders = folders if isinstance(folders, Mapping) else _folders_in(folders)
     paths = {name: str(path) for name, path in folders.items()}
-    configs = {name: PeftConfig.from_pretrained(path) for name, path in paths.items()}
+    configs = {name: read_adapter(path) for name, path in paths.items()}
     # SEAL's first: it becomes the driver. The nesting, and so the meaning, is the same for any order.
     names = sorted(paths, key=lambda name: not isinstance(configs[name], SealConfig))
     if not names or not isinstance(configs[names[0]], SealConfig):

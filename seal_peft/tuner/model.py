@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, cast, get_args
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists, onload_layer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -167,6 +167,15 @@ class SealModel(BaseTuner):
             if isinstance(layer, Linear) and layer.site in sites:
                 with onload_layer(layer):
                     layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+
+    def unmerge_adapter(self) -> None:
+        """Take all that is merged out of the weights again; layers without are passed by, a model without warns."""
+        merged = [layer for layer in self.model.modules() if isinstance(layer, BaseTunerLayer) and layer.merged]
+        if not merged:
+            super().unmerge_adapter()
+        for layer in merged:
+            with onload_layer(layer):
+                layer.unmerge()
 
     def _check_layers(self, adapter_names: list[str] | None, sites: Sequence[Site]) -> None:
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):

@@ -55,7 +55,7 @@ def save_adapter(
 
     Raises:
         TypeError: The model is no `PeftModel`.
-        ValueError: The adapter has no scales at one of the sites.
+        ValueError: The adapter has no scales at one of the sites, or these would replace an adapter of another method.
         OSError: The files cannot be written. What was in the folder is unchanged.
 
     Example:
@@ -94,7 +94,13 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: d
 
     Returns:
         The folder.
+
+    Raises:
+        ValueError: The folder holds an adapter of another method.
     """
+    there = Path(folder) / CONFIG_NAME
+    if there.is_file() and (kind := PeftConfig.from_json_file(str(there)).get("peft_type")) != config.peft_type:
+        raise ValueError(f"{folder} holds an adapter of {kind}, which would be lost. Choose another folder.")
     with _replacing(Path(folder)) as new:
         if config.peft_type == "SEAL":
             weights = add_settings(weights, cast("SealConfig", config))

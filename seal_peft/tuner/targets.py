@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
@@ -79,14 +80,9 @@ def check_targets(config: SealConfig, model: nn.Module) -> list[list[int]]:
             that the adapter was trained on.
         TypeError: A target is of a kind that cannot be wrapped.
     """
-    inside: tuple[str, ...] = ()
     found: list[list[int]] = []
     heads: dict[str, int] = {}
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (name + ".",)
+    for name, module in _outermost(model):
         if "query" in config.sites and config.query_modules is None and check_target_module_exists(config, name):
             _query_child(model, name.rpartition(".")[0])
         if is_target(config, model, name):
@@ -94,7 +90,7 @@ def check_targets(config: SealConfig, model: nn.Module) -> list[list[int]]:
                 _check_supported(module, name)
             found.append(list(geometry_of(config, model, module, name)[0]))
             heads[name] = found[-1][0]
-    check_chosen(config, heads)
+    check_chosen(config, heads, partial(_all_heads, config, model))
     if config.query_modules is not None and not any(
         is_query(config, model, name) for name, _ in model.named_modules()
     ):
@@ -110,6 +106,24 @@ def check_targets(config: SealConfig, model: nn.Module) -> list[list[int]]:
             + (f": {config.base_model_name_or_path}." if config.base_model_name_or_path else ".")
         )
     return found
+
+
+def _outermost(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of a model by their names, without what lies within layers of a tuner."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(inside):
+            if isinstance(module, BaseTunerLayer):
+                inside += (name + ".",)
+            yield name, module
+
+
+def _all_heads(config: SealConfig, model: nn.Module) -> dict[str, int]:
+    """Return the number of heads of each target, also of those in layers where `target_heads` chooses none."""
+    config = copy.copy(config)
+    config.target_heads = None
+    targets = [(name, module) for name, module in _outermost(model) if is_target(config, model, name)]
+    return {name: geometry_of(config, model, module, name)[0].num_heads for name, module in targets}
 
 
 def geometry_of(
