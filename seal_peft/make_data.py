@@ -22,7 +22,10 @@ class MakeDataArguments:
 
     model_name_or_path: str = field(metadata={"help": "Model whose tokenizer and window the samples are fitted to."})
     output_file: str = field(metadata={"help": "JSONL file to write."})
-    task: str = field(default="lines", metadata={"help": f"One of: {', '.join(sorted(TASKS))}."})
+    task: str = field(
+        default="lines",
+        metadata={"help": f"One of: {', '.join(sorted(TASKS))}.", "choices": TASKS, "metavar": "TASK"},
+    )
     task_file: str | None = field(
         default=None,
         metadata={"help": "JSONL file of your own examples, in place of --task: more samples like these."},

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from .loading import (
     base_of_adapter,
@@ -26,7 +26,7 @@ from .loading import (
 )
 from .together import check_together, split_together
 from .tuner import save_adapter
-from .tuner.config import check_sites
+from .tuner.config import Site, check_sites
 from .tuner.saving import disk_is_full, share_as
 
 logger = logging.getLogger(__name__)
@@ -50,7 +50,8 @@ class MergeArguments:
         default_factory=lambda: ["output", "query"],
         metadata={
             "help": "Merge the scales at these sites only. The others stay as an adapter of the merged model, in its "
-            f"folder `{REST}`; some models cannot take `query` scales into their weights."
+            f"folder `{REST}`; some models cannot take `query` scales into their weights.",
+            "choices": get_args(Site),
         },
     )
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = field(

@@ -12,7 +12,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -31,7 +31,7 @@ from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
 from .tokens import AnswerCollator
 from .tuner import SealConfig, hotswap_adapter, save_adapter
-from .tuner.config import Granularity, check_sites
+from .tuner.config import Granularity, Site, check_sites
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
 # question each, constant learning rate, one epoch.
@@ -69,7 +69,10 @@ class TrainArguments:
     )
     sites: list[str] = field(
         default_factory=lambda: ["output"],
-        metadata={"help": "What is scaled: the `output` of each head, its `query` (a temperature), or both."},
+        metadata={
+            "help": "What is scaled: the `output` of each head, its `query` (a temperature), or both.",
+            "choices": get_args(Site),
+        },
     )
     target_heads: list[str] | None = field(
         default=None,
@@ -87,7 +90,7 @@ class TrainArguments:
     self_extend: str | None = field(
         default=None, metadata={"help": """The same by Self-Extend: '{"group_size": 6, "window": 1024}'."""}
     )
-    recipe: str = field(default="default", metadata={"help": f"Named settings: {', '.join(RECIPES)}. Flags win."})
+    recipe: str = field(default="default", metadata={"help": "Named settings. Flags win.", "choices": RECIPES})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
     memory: Policy | None = field(

@@ -40,7 +40,11 @@ class ReproduceArguments:
 
     parts: list[str] = field(
         default_factory=lambda: [*PARTS],
-        metadata={"help": f"Of: {', '.join(PARTS)}. The words behind `reproduce` are these, too. Default: all."},
+        metadata={
+            "help": f"Of: {', '.join(PARTS)}. The words behind `reproduce` are these, too.",
+            "choices": PARTS,
+            "metavar": "PART",
+        },
     )
     model_name_or_path: str = field(default="smollm2", metadata={"help": "Base model; the settings are SmolLM2's."})
     output_dir: str = field(
