@@ -45,22 +45,31 @@ def settings_of(
     return json.loads(json.dumps(settings, default=str))
 
 
-def find_checkpoint(output_dir: Path, settings: dict[str, Any], overwrite: bool) -> str | None:
+def find_checkpoint(
+    output_dir: Path, settings: dict[str, Any], overwrite: bool, given: str | None = None
+) -> str | None:
     """Find the checkpoint from which an interrupted training goes on; `None` where one begins.
 
     Args:
         output_dir: Folder of the adapter.
         settings: As `settings_of` gives them.
         overwrite: Whether what stands there and is not this training may be removed.
+        given: The checkpoint that the user names, which then is the one, whatever its settings.
 
     Raises:
-        ValueError: The folder holds a finished adapter, or a training that this one would not continue.
+        ValueError: The given one is no whole checkpoint, or the folder holds a finished adapter, or a training that
+            this one would not continue.
     """
+    if given is not None and not _is_whole(Path(given)):
+        raise ValueError(
+            f"--resume_from_checkpoint {given} is no whole checkpoint: it has no {TRAINER_STATE_NAME}. "
+            "Give one, or leave the flag out: a training goes on from the last checkpoint in its --output_dir."
+        )
     record = output_dir / UNFINISHED
-    if not record.is_file():
-        if not overwrite:
-            _check_free(output_dir)
-        return None
+    if not record.is_file() and not overwrite:
+        _check_free(output_dir)
+    if given is not None or not record.is_file():
+        return given
     whole = [path for path in output_dir.glob(CHECKPOINTS) if _is_whole(path)]
     if not whole:
         return None  # it ended before its first checkpoint, so there is nothing to go on from

@@ -11,6 +11,7 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -133,6 +134,14 @@ class SealTrainingArguments(TrainingArguments):
                 "push_to_hub and hub_token are not used here. Log in with `hf auth login` or set HF_TOKEN, and run "
                 "`seal-peft push --adapter OUTPUT_DIR --repo_id OWNER/NAME` when the training is done."
             )
+        for name in (
+            "learning_rate",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} was given; use more than 0.")
         # Without this, several processes on CPUs would each train alone (transformers 5.23).
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # transformers 5.23 renamed gradient_checkpointing and warns about the old name; older ones know only that.
@@ -184,9 +193,8 @@ def train(
     output_dir = Path(training_arguments.output_dir)
     check_output_folder(output_dir, "train")
     settings = settings_of(asdict(arguments), training_arguments, other)
-    checkpoint = training_arguments.resume_from_checkpoint or find_checkpoint(
-        output_dir, settings, arguments.overwrite_output_dir
-    )
+    find = partial(find_checkpoint, output_dir, settings, arguments.overwrite_output_dir)
+    checkpoint = find(training_arguments.resume_from_checkpoint)
     model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
     with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
@@ -209,14 +217,12 @@ def train(
         data_collator=AnswerCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    trainer.get_train_dataloader()  # a bad batch size shows here, before an earlier adapter is cleared away
     tokens_of = [len(row["input_ids"]) for row in rows]
     memory = _apply_memory(trainer, arguments.memory, tokens=max(tokens_of))
     first = trainer.is_world_process_zero()
     with alone_in(output_dir) if first else nullcontext():
-        if first and training_arguments.resume_from_checkpoint is None:
-            # Another process may have come or gone while the model was loaded.
-            checkpoint = find_checkpoint(output_dir, settings, arguments.overwrite_output_dir)
+        if first:  # Another process may have come or gone while the model was loaded.
+            checkpoint = find(training_arguments.resume_from_checkpoint)
         if checkpoint is None and first:
             start_afresh(output_dir, settings)
         if torch.cuda.is_available():
