@@ -20,6 +20,7 @@ import torch
 
 from .data import read_samples
 from .files import write_json
+from .folders import check_place
 from .loading import load_adapter, load_model, load_tokenizer
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
@@ -64,6 +65,7 @@ def demo(arguments: DemoArguments) -> str:
     folder = Path(arguments.output_dir)
     if find_spec("matplotlib") is None:  # asked first: the picture comes last
         raise ImportError('Pictures need matplotlib: pip install "seal-peft[plot]"')
+    check_place(folder)
     resumed = _same_settings(folder / "demo.json", arguments)
     train_file, test_file = folder / "train.jsonl", folder / "test.jsonl"
     adapter, merged, results = folder / "adapter", folder / "merged", folder / "eval"

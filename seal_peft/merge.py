@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
+from .folders import check_place
 from .loading import (
     base_of_adapter,
     check_adapter,
@@ -80,6 +81,7 @@ def merge(arguments: MergeArguments) -> Path:
     target = Path(arguments.output_dir)
     if target.exists():
         raise ValueError(f"{target} exists already. Remove it or choose another --output_dir.")
+    check_place(target)
     adapters = split_together(arguments.adapter)
     configs = [read_adapter(adapter) for adapter in adapters]
     check_together(adapters)

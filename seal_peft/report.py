@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .files import replacing
+from .folders import check_place
 from .plots import plot_depths, plot_lengths, plot_scales
 from .statistics import MEAN_OF_TASKS, label_of
 from .tasks import TASKS
@@ -50,11 +51,13 @@ def report(arguments: ReportArguments) -> Path:
         Path of `report.md`.
 
     Raises:
-        ValueError: Neither a metrics file nor an adapter is given, or a file is not what it should be.
+        ValueError: Neither a metrics file nor an adapter is given, a file is not what it should be, or the folder is a
+            file.
     """
     if arguments.metrics_file is None and arguments.adapter is None:
         raise ValueError("There is nothing to report: give --metrics_file, --adapter or both.")
     folder = Path(arguments.output_dir)
+    check_place(folder)
     parts = ["# Report"]
     if arguments.metrics_file is not None:
         parts += _results(read_metrics(Path(arguments.metrics_file)), folder)
@@ -225,7 +228,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
     try:
         metrics = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+        raise ValueError(f"{path} is not JSON ({error}). Give the metrics.json of `seal-peft evaluate`.") from error
     needed = {"systems", "cells", "versions", "device", "commit", "date"}
     if not isinstance(metrics, dict) or not needed <= metrics.keys():
         missing = ", ".join(sorted(needed - set(metrics)))

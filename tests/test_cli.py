@@ -154,6 +154,8 @@ def test_a_bad_file_is_wrong_usage(
         (["train", *TRAIN, "--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
         (["train"], "the following arguments are required: --model_name_or_path/"),
         (["train", *TRAIN, "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["train", *TRAIN, "--num_train_epochs", "0"], "num_train_epochs=0.0 was given; use more than 0."),
+        (["train", *TRAIN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 was given; use more"),
         (["make-data", "--split", "dev"], "invalid choice: 'dev'"),
         (["make-data", "--task", "chess"], "argument --task: invalid choice: 'chess'"),
         (["heads", "--scores", "entropy"], "argument --scores: invalid choice: 'entropy'"),
@@ -230,6 +232,47 @@ def test_a_model_that_is_nowhere_is_one_line_too(tmp_path: Path, capsys: pytest.
     assert "nobody/nothing" in error_of(capsys)
     assert make_data("./nothing", tmp_path / "train.jsonl") == 1
     assert "There is no model folder './nothing'" in error_of(capsys)
+
+
+def test_a_folder_that_is_no_whole_model_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert make_data(folder, tmp_path / "train.jsonl") == 1
+    assert f"The folder '{folder}' holds no model: there is no config.json in it." in error_of(capsys)
+    (folder / "config.json").write_text('{"model_type": "nosuch"}')
+    assert make_data(folder, tmp_path / "train.jsonl") == 1
+    assert f"The model '{folder}' cannot be read: " in error_of(capsys)
+    save_model(tmp_path / "whole", weights=False)
+    (tmp_path / "whole" / "config.json").replace(folder / "config.json")
+    assert make_data(folder, tmp_path / "train.jsonl") == 1
+    assert f"The tokenizer of '{folder}' cannot be read. Save it" in error_of(capsys)
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_a_file_where_a_folder_must_be_is_named_before_any_work(
+    stage: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if stage in ("push", "advise"):
+        pytest.skip("It writes into no folder that is named.")
+    file, samples = (
+        tmp_path / "file",
+        save_samples(tmp_path / "samples.jsonl", "train" if stage == "train" else "test"),
+    )
+    file.write_text("mine")
+    base, out = ["--model_name_or_path", model], ["--output_dir", file / "new"]
+    words = {
+        "make-data": [*base, "--output_file", file / "new.jsonl"],
+        "train": [*base, *out, "--train_file", samples],
+        "evaluate": [*base, *out, "--test_file", samples],
+        "heads": [*base, *out, "--test_file", samples],
+        "merge": [*out, "--adapter", "nowhere"],
+    }.get(stage, out)
+    words += ["--adapter", "nowhere"] if stage == "report" else []
+    assert seal(stage, *words) == 1
+    assert f"because {file} is a file. Choose another folder" in error_of(capsys)
+    assert file.read_text() == "mine"
 
 
 # --- interrupts ----------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from peft import PeftModel
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
 
 from ..data import check_window, read_samples
+from ..folders import check_place
 from ..loading import (
     DTYPE_HELP,
     Dtype,
@@ -121,12 +122,13 @@ def heads(arguments: HeadsArguments) -> str:
     """
     new_figure(1, 1)
     samples = _check(arguments)
+    config = load_config(arguments.model_name_or_path)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     encoded = encode_samples(samples, tokenizer, arguments.measure)
     if "retrieval" in arguments.scores:
         check_needles(encoded)
     by_length = {n: [row for row in encoded if row.length == n] for n in sorted({row.length for row in encoded})}
-    _check_model(arguments, longest=max(len(row.input_ids) for row in encoded))
+    _check_model(arguments, config, longest=max(len(row.input_ids) for row in encoded))
 
     folder = Path(arguments.output_dir)
     model = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
@@ -177,6 +179,7 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
     if arguments.apply_adapter and (not arguments.adapter or arguments.quadrants):
         raise ValueError("--apply_adapter needs an --adapter, and --quadrants are about the base model without it.")
     pick_dtype(arguments.dtype)
+    check_place(Path(arguments.output_dir))
     samples = read_samples(arguments.test_file)
     if not samples:
         raise ValueError(f"{arguments.test_file} holds no samples. Make some with `seal-peft make-data`.")
@@ -187,9 +190,9 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
     return samples
 
 
-def _check_model(arguments: HeadsArguments, longest: int) -> None:
+def _check_model(arguments: HeadsArguments, config: Any, longest: int) -> None:
     """Find out without the weights whether model and adapter fit each other and the samples, and name the heads."""
-    config, window = load_config(arguments.model_name_or_path), None
+    window = None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
         raise ValueError(
             f"{arguments.model_name_or_path} is a {config.model_type} model, which transformers does not load as a "

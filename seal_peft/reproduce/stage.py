@@ -19,6 +19,7 @@ from peft import get_peft_model
 from ..data import make_samples, read_samples, write_samples
 from ..evaluate import EvaluateArguments, evaluate
 from ..files import write_json
+from ..folders import check_place
 from ..heads.stage import HeadsArguments, heads
 from ..loading import load_model, load_tokenizer
 from ..plots import new_figure
@@ -82,6 +83,8 @@ def reproduce(arguments: ReproduceArguments) -> str:
     new_figure(1, 1)  # asked first: pictures come last
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}. The parts: {', '.join(PARTS)}.")
+    check_place(Path(arguments.output_dir))
+    check_place(Path(arguments.work_dir))
     _claim_folder(arguments)
     shown = []
     for name in arguments.parts:

@@ -90,11 +90,13 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
         )
     for name, value in saved.items():
         own = layers[name].offset(adapter_name)
-        if value.shape != own.shape or not torch.isfinite(value).all():
+        if value.shape != own.shape:
             raise ValueError(
-                f"{model_id} does not fit layer {name}: saved shape {tuple(value.shape)}, the model's "
-                f"{tuple(own.shape)}, finite values only. Heads, head_dim and granularity must be the same."
+                f"{model_id} does not fit layer {name}: its scales have shape {tuple(value.shape)}, those of adapter "
+                f"{adapter_name!r} of the model {tuple(own.shape)}. Heads, head_dim and granularity must be the same."
             )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{model_id} holds NaN or infinite scales in layer {name}; do not use it.")
     with torch.no_grad():
         for name, layer in layers.items():
             weight = layer.offset(adapter_name)
