@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .files import write_json
+from .files import read_json, write_json
 
 FINISHED, UNFINISHED, CHECKPOINTS = "run.json", "unfinished.json", "checkpoint-*"
 # How to go on, how to show it, and how to fit it may change on the way. A rank is not a setting.
@@ -73,7 +73,7 @@ def find_checkpoint(
     whole = [path for path in output_dir.glob(CHECKPOINTS) if _is_whole(path)]
     if not whole:
         return None  # it ended before its first checkpoint, so there is nothing to go on from
-    before = json.loads(record.read_text(encoding="utf-8"))
+    before = read_json(record)
     changed = sorted(name for name in before | settings if before.get(name) != settings.get(name))
     if changed and overwrite:
         return None

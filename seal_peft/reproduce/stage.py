@@ -18,7 +18,7 @@ from peft import get_peft_model
 
 from ..data import make_samples, read_samples, write_samples
 from ..evaluate import EvaluateArguments, evaluate
-from ..files import write_json
+from ..files import read_json, write_json
 from ..folders import check_place
 from ..heads.stage import HeadsArguments, heads
 from ..loading import load_model, load_tokenizer
@@ -100,7 +100,7 @@ def _claim_folder(arguments: ReproduceArguments) -> None:
     settings = {"model": arguments.model_name_or_path, "size": arguments.size, "recipes": RECIPES}
     if not path.is_file():
         write_json(path, settings)
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     if before != settings:
         raise ValueError(f"{path.parent} holds work with {before}, not {settings}. Choose another --work_dir.")
 
@@ -149,7 +149,7 @@ class _Run:
         output = Path(self.arguments.output_dir)
         shutil.copytree(folder, output / f"reproduce-{self.name}", ignore=_lock_files, dirs_exist_ok=True)
         (output / f"reproduce-{self.name}" / "metrics.json").replace(output / f"reproduce-{self.name}.json")
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return read_json(folder / "metrics.json")
 
     # -- samples and adapters -----------------------------------------------------------------------------------------
 
@@ -256,8 +256,7 @@ class _Run:
         if len(self.seeds) > 1:
             metrics = self.over_seeds(metrics, together)
         records = {
-            name: json.loads((self.adapter(t, self.seeds[0]) / "run.json").read_text(encoding="utf-8"))
-            for name, t in self.part.trainings.items()
+            name: read_json(self.adapter(t, self.seeds[0]) / "run.json") for name, t in self.part.trainings.items()
         }
         keys = ("trainable_parameters", "samples", "tokens", "steps", "seconds", "peak_memory_bytes", "device")
         result = {
@@ -270,7 +269,7 @@ class _Run:
             **metrics,
         }
         if self.part.heads:
-            found = json.loads((self.folder / "heads" / "heads.json").read_text(encoding="utf-8"))
+            found = read_json(self.folder / "heads" / "heads.json")
             result["heads"] = found
         for name in ("model_name_or_path", "test_file", "output_dir", "adapters"):
             result["arguments"].pop(name)  # paths of one machine

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft.utils import ModulesToSaveWrapper, PeftType, load_peft_weights
 from torch import nn
 
 from .config import SealConfig, Site
@@ -73,7 +73,8 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
     _unmerged_layers(model, adapter_name)
     config = SealConfig.from_pretrained(str(model_id))
     if config.peft_type != "SEAL":
-        raise ValueError(f"{model_id} is an adapter of type {config.peft_type}, so it cannot replace a SEAL adapter.")
+        method = PeftType(config.peft_type).value
+        raise ValueError(f"{model_id} is an adapter of type {method}, so it cannot replace a SEAL adapter.")
     weights = checked_weights(config, load_peft_weights(str(model_id), device="cpu"))
     check_same_positions(config, model, adapter_name)
     _check_same_heads(config, getattr(model, "peft_config", {}).get(adapter_name), model_id)
