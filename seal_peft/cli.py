@@ -144,10 +144,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage = STAGES[argv[0]]
     parser = _stage_parser(argv[0], stage)
     try:
-        arguments = parse_stage(parser, argv[1:], stage.words)
-    except (ValueError, TypeError) as error:
-        parser.error(_one_line(error))
-    try:
+        try:
+            arguments = parse_stage(parser, argv[1:], stage.words)
+        except (ValueError, TypeError) as error:
+            parser.error(_one_line(error))
         result = stage.run(*arguments)
     except KeyboardInterrupt:
         sys.stderr.write(
@@ -174,22 +174,20 @@ def parse_stage(parser: HfArgumentParser, argv: list[str], words: str | None = N
         words: The flag that those of them stand for that come before any flag.
 
     Raises:
-        ValueError: The file is not a flat mapping of known flags, or the recipe is not known.
+        ValueError: The file is not a flat mapping of known flags.
     """
     if words and argv and not argv[0].startswith("-"):
         argv = [f"--{words}", *argv]
     early_parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early_parser.add_argument("--config")
-    early_parser.add_argument("--recipe", default=parser.get_default("recipe"))
+    # A flag without its value is left to the stage's own parser, which says so.
+    early_parser.add_argument("--config", nargs="?")
+    early_parser.add_argument("--recipe", nargs="?", default=parser.get_default("recipe"))
     early, _ = early_parser.parse_known_args(argv)
     if early.config:
         # The file's lines stand in front as flags: typed and checked like them, and the last word on a flag wins.
         argv = [*_flags_of_file(early.config, parser), *argv]
         early, _ = early_parser.parse_known_args(argv)
-    if early.recipe is not None:
-        if early.recipe not in RECIPES:
-            raise ValueError(f"There is no recipe {early.recipe!r}. Known recipes: {', '.join(RECIPES)}.")
-        parser.set_defaults(**RECIPES[early.recipe])
+    parser.set_defaults(**RECIPES.get(early.recipe, {}))
     namespace = parser.parse_args(argv)
     return tuple(
         kind(**{f.name: getattr(namespace, f.name) for f in dataclasses.fields(kind) if f.init})

@@ -11,7 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .files import replacing
+from .files import read_json, replacing
 from .fitting import fit_samples
 from .tasks import SCORED_FIELDS, Sample, Task, get_task
 from .tokens import encode_training
@@ -133,7 +133,7 @@ def trained_prompts(adapter: str | os.PathLike[str]) -> list[str]:
         adapter: Its folder. A Hub id brings no record.
     """
     record = Path(adapter) / "run.json"
-    return json.loads(record.read_text(encoding="utf-8")).get("prompt_hashes", []) if record.is_file() else []
+    return read_json(record).get("prompt_hashes", []) if record.is_file() else []
 
 
 def window_of(model_config: PretrainedConfig) -> int | None:

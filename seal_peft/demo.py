@@ -6,7 +6,6 @@ and loaded again.
 
 from __future__ import annotations
 
-import json
 import logging
 import subprocess
 import sys
@@ -19,7 +18,8 @@ from typing import Any
 import torch
 
 from .data import read_samples
-from .files import write_json
+from .files import read_json, write_json
+from .folders import check_place
 from .loading import load_adapter, load_model, load_tokenizer
 from .make_data import MakeDataArguments, make_data
 from .merge import MergeArguments, merge
@@ -64,6 +64,7 @@ def demo(arguments: DemoArguments) -> str:
     folder = Path(arguments.output_dir)
     if find_spec("matplotlib") is None:  # asked first: the picture comes last
         raise ImportError('Pictures need matplotlib: pip install "seal-peft[plot]"')
+    check_place(folder)
     resumed = _same_settings(folder / "demo.json", arguments)
     train_file, test_file = folder / "train.jsonl", folder / "test.jsonl"
     adapter, merged, results = folder / "adapter", folder / "merged", folder / "eval"
@@ -92,8 +93,8 @@ def demo(arguments: DemoArguments) -> str:
     _stage(*evaluation, "--adapters", f"adapter={adapter}", "--models", f"merged={merged}")
     report(ReportArguments(str(folder), str(results / "metrics.json"), str(adapter)))
 
-    systems = json.loads((results / "metrics.json").read_text(encoding="utf-8"))["systems"]
-    run = json.loads((adapter / "run.json").read_text(encoding="utf-8"))
+    systems = read_json(results / "metrics.json")["systems"]
+    run = read_json(adapter / "run.json")
     summary: dict[str, Any] = {
         **{name: systems[name] for name in ("base", "adapter", "merged")},
         "arguments": asdict(arguments),
@@ -113,7 +114,7 @@ def _same_settings(record: Path, arguments: DemoArguments) -> bool:
     """Tell whether an earlier call began this very demo."""
     if not record.is_file():
         return False
-    before, settings = json.loads(record.read_text(encoding="utf-8")), asdict(arguments)
+    before, settings = read_json(record), asdict(arguments)
     changed = [name for name in settings if before.get(name) != settings[name]]
     if changed:
         described = ", ".join(f"{name} {before.get(name)} -> {settings[name]}" for name in changed)

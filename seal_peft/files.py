@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and are read as such."""
 
 from __future__ import annotations
 
@@ -36,6 +36,20 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write a value as JSON for people and programs."""
     with replacing(path) as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a file of JSON.
+
+    Raises:
+        ValueError: It holds something else.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is not JSON ({error}): it was cut off or edited. Restore it, or make it again with what wrote it."
+        ) from error
 
 
 @contextmanager

@@ -65,7 +65,9 @@ def _check(
     if split not in SPLITS:
         raise ValueError(f"split={split!r} was given; use one of {', '.join(SPLITS)}.")
     if not lengths or min(lengths) < 1 or len(set(lengths)) != len(lengths):
-        raise ValueError(f"lengths={list(lengths)} was given; use one or more different numbers of tokens.")
+        raise ValueError(
+            f"lengths={list(lengths)} was given; use one or more different numbers of tokens, 1 or more each."
+        )
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} was given; use at least 1.")
     if depths is not None and (not depths or not all(0.0 <= depth <= 1.0 for depth in depths)):

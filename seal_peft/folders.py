@@ -1,4 +1,4 @@
-"""Whose an output folder is: no stage but `report`, which is for people, writes among the files of another."""
+"""Where a stage may write: into a folder, and, but for `report`, not among the files of another stage."""
 
 from __future__ import annotations
 
@@ -13,6 +13,24 @@ _FILES = {
 }
 
 
+def check_place(path: Path) -> None:
+    """Make sure, before any work, that no file stands where a folder must be.
+
+    Args:
+        path: Folder that will be written to; need not exist.
+
+    Raises:
+        ValueError: It, or what is to hold it, is a file.
+    """
+    for place in (path, *path.parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise ValueError(
+                f"{path} cannot be a folder, because {place} is a file. Choose another folder to write to."
+            )
+
+
 def check_output_folder(folder: Path, stage: str) -> None:
     """Make sure that a stage may write into a folder.
 
@@ -21,8 +39,9 @@ def check_output_folder(folder: Path, stage: str) -> None:
         stage: `train`, `evaluate` or `heads`.
 
     Raises:
-        ValueError: Another stage wrote into it; the message names what is there.
+        ValueError: It is a file, or another stage wrote into it; the message names what is there.
     """
+    check_place(folder)
     for other, patterns in _FILES.items():
         found = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
         if found and other != stage:

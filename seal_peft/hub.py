@@ -23,7 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from .assets import public_id
 from .card import CARD_NAME, CardFacts, render_card
-from .files import replacing
+from .files import read_json, replacing
 from .plots import plot_scales
 from .report import read_metrics
 from .systems import split_name
@@ -127,7 +127,7 @@ def push(
             "nobody else could find it. Give the Hub id of the same model as base_model (--base_model)."
         )
     validate_repo_id(base)
-    run = _read_json(folder / _RUN)
+    run = _read_record(folder / _RUN)
     metrics = _metrics_of(folder, metrics_file, system, run) if metrics_file is not None else None
     # Without matplotlib the card has no picture; that is no reason not to push.
     drawable = config.sites and find_spec("matplotlib")
@@ -145,7 +145,7 @@ def push(
         file.write(card)
     files: dict[str, bytes | str] = {
         SAFETENSORS_WEIGHTS_NAME: str(folder / SAFETENSORS_WEIGHTS_NAME),
-        CONFIG_NAME: _json(_read_json(folder / CONFIG_NAME) | {"base_model_name_or_path": base}),
+        CONFIG_NAME: _json(_read_record(folder / CONFIG_NAME) | {"base_model_name_or_path": base}),
         CARD_NAME: card.encode(),
     }
     files |= {name: _json(_without_folders(record)) for name, record in ((_RUN, run), (_METRICS, metrics)) if record}
@@ -158,7 +158,7 @@ def push(
 
 
 def _check_adapter(folder: Path) -> SealConfig:
-    saved = _read_json(folder / CONFIG_NAME)
+    saved = _read_record(folder / CONFIG_NAME)
     if not saved:
         inside = ", ".join(str(path.parent) for path in sorted(folder.glob(f"*/{CONFIG_NAME}")))
         several = f" It holds {inside}. Push each by itself, or all with `model.push_to_hub`." if inside else ""
@@ -173,8 +173,8 @@ def _check_adapter(folder: Path) -> SealConfig:
     return config
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _read_record(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _metrics_of(

@@ -60,25 +60,40 @@ def load_config(model_name_or_path: str) -> Any:
     """Load the model's config alone, so that settings can be checked before any weights are read.
 
     Raises:
-        OSError: There is no such model, or no way to it.
+        OSError: There is no such model, no way to it, or none that can be read.
         ValueError: It is an adapter.
     """
     name = locate_model(model_name_or_path)
     if reason := not_found(name, "config.json"):
         raise OSError(f"{reason} Give the folder of a model, a Hub id, or the word smollm2.")
-    if (Path(name) / CONFIG_NAME).is_file() and not (Path(name) / "config.json").is_file():
-        raise ValueError(
-            f"{model_name_or_path} is an adapter, not a model. `seal-peft evaluate` takes it in --adapters."
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        if (Path(name) / CONFIG_NAME).is_file():
+            raise ValueError(
+                f"{model_name_or_path!r} is an adapter, not a model. `seal-peft evaluate` takes it in --adapters."
+            )
+        raise OSError(
+            f"The folder {model_name_or_path!r} holds no model: there is no config.json in it. Give the folder of a "
+            "model, a Hub id, or the word smollm2."
         )
     try:
         return AutoConfig.from_pretrained(name)
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise OSError(f"The model {model_name_or_path!r} cannot be read: {error}") from error
 
 
 def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, padding on the left as generation and answer-only logits need it."""
-    tokenizer = AutoTokenizer.from_pretrained(locate_model(model_name_or_path), padding_side="left")
+    """Load the tokenizer, padding on the left as generation and answer-only logits need it.
+
+    Raises:
+        OSError: There is none beside the model, or none that can be read.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(locate_model(model_name_or_path), padding_side="left")
+    except (OSError, ValueError) as error:
+        raise OSError(
+            f"The tokenizer of {model_name_or_path!r} cannot be read. Save it in the model's folder with "
+            f"`tokenizer.save_pretrained`, or mend what transformers says: {error}"
+        ) from error
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

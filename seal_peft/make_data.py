@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from .data import check_window, make_samples, read_samples, write_samples
+from .folders import check_place
 from .loading import load_config, load_tokenizer
 from .tasks import TASKS, Task, examples, get_task
 
@@ -22,7 +23,10 @@ class MakeDataArguments:
 
     model_name_or_path: str = field(metadata={"help": "Model whose tokenizer and window the samples are fitted to."})
     output_file: str = field(metadata={"help": "JSONL file to write."})
-    task: str = field(default="lines", metadata={"help": f"One of: {', '.join(sorted(TASKS))}."})
+    task: str = field(
+        default="lines",
+        metadata={"help": f"One of: {', '.join(sorted(TASKS))}.", "choices": TASKS, "metavar": "TASK"},
+    )
     task_file: str | None = field(
         default=None,
         metadata={"help": "JSONL file of your own examples, in place of --task: more samples like these."},
@@ -54,6 +58,7 @@ def make_data(arguments: MakeDataArguments) -> Path:
     """
     if Path(arguments.output_file).is_dir():
         raise ValueError(f"--output_file {arguments.output_file} is a folder. Name the JSONL file to write in it.")
+    check_place(Path(arguments.output_file).parent)
     task = _task_of_file(arguments.task_file) if arguments.task_file else get_task(arguments.task)
     longest = max(arguments.lengths, default=1)
     check_window(load_config(arguments.model_name_or_path), longest, beyond=arguments.allow_beyond_window)

@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from .folders import check_place
 from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer
 from .together import check_together, split_together
 from .tuner import save_adapter
-from .tuner.config import check_sites
+from .tuner.config import Site, check_sites
 from .tuner.reading import read_adapter
 from .tuner.saving import disk_is_full, share_as
 
@@ -44,7 +45,8 @@ class MergeArguments:
         default_factory=lambda: ["output", "query"],
         metadata={
             "help": "Merge the scales at these sites only. The others stay as an adapter of the merged model, in its "
-            f"folder `{REST}`; some models cannot take `query` scales into their weights."
+            f"folder `{REST}`; some models cannot take `query` scales into their weights.",
+            "choices": get_args(Site),
         },
     )
     dtype: Literal["stored", "float32", "bfloat16", "float16"] = field(
@@ -73,6 +75,7 @@ def merge(arguments: MergeArguments) -> Path:
     target = Path(arguments.output_dir)
     if target.exists():
         raise ValueError(f"{target} exists already. Remove it or choose another --output_dir.")
+    check_place(target)
     adapters = split_together(arguments.adapter)
     configs = [read_adapter(adapter) for adapter in adapters]
     check_together(adapters)

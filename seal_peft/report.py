@@ -5,7 +5,6 @@ seal-peft report --metrics_file runs/demo/eval/metrics.json --adapter runs/demo/
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -14,7 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .files import replacing
+from .files import read_json, replacing
+from .folders import check_place
 from .plots import plot_depths, plot_lengths, plot_scales
 from .statistics import MEAN_OF_TASKS, label_of
 from .tasks import TASKS
@@ -50,11 +50,13 @@ def report(arguments: ReportArguments) -> Path:
         Path of `report.md`.
 
     Raises:
-        ValueError: Neither a metrics file nor an adapter is given, or a file is not what it should be.
+        ValueError: Neither a metrics file nor an adapter is given, a file is not what it should be, or the folder is a
+            file.
     """
     if arguments.metrics_file is None and arguments.adapter is None:
         raise ValueError("There is nothing to report: give --metrics_file, --adapter or both.")
     folder = Path(arguments.output_dir)
+    check_place(folder)
     parts = ["# Report"]
     if arguments.metrics_file is not None:
         parts += _results(read_metrics(Path(arguments.metrics_file)), folder)
@@ -222,10 +224,7 @@ def read_metrics(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(
             f"There is no file {path}. Give the metrics.json that `seal-peft evaluate` wrote into its --output_dir."
         )
-    try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+    metrics = read_json(path)
     needed = {"systems", "cells", "versions", "device", "commit", "date"}
     if not isinstance(metrics, dict) or not needed <= metrics.keys():
         missing = ", ".join(sorted(needed - set(metrics)))

@@ -13,7 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from transformers import TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
 
-from .files import write_json
+from .files import read_json, write_json
 
 FINISHED, UNFINISHED, CHECKPOINTS = "run.json", "unfinished.json", "checkpoint-*"
 # How to go on, how to show it, and how to fit it may change on the way. A rank is not a setting.
@@ -45,26 +45,35 @@ def settings_of(
     return json.loads(json.dumps(settings, default=str))
 
 
-def find_checkpoint(output_dir: Path, settings: dict[str, Any], overwrite: bool) -> str | None:
+def find_checkpoint(
+    output_dir: Path, settings: dict[str, Any], overwrite: bool, given: str | None = None
+) -> str | None:
     """Find the checkpoint from which an interrupted training goes on; `None` where one begins.
 
     Args:
         output_dir: Folder of the adapter.
         settings: As `settings_of` gives them.
         overwrite: Whether what stands there and is not this training may be removed.
+        given: The checkpoint that the user names, which then is the one, whatever its settings.
 
     Raises:
-        ValueError: The folder holds a finished adapter, or a training that this one would not continue.
+        ValueError: The given one is no whole checkpoint, or the folder holds a finished adapter, or a training that
+            this one would not continue.
     """
+    if given is not None and not _is_whole(Path(given)):
+        raise ValueError(
+            f"--resume_from_checkpoint {given} is no whole checkpoint: it has no {TRAINER_STATE_NAME}. "
+            "Give one, or leave the flag out: a training goes on from the last checkpoint in its --output_dir."
+        )
     record = output_dir / UNFINISHED
-    if not record.is_file():
-        if not overwrite:
-            _check_free(output_dir)
-        return None
+    if not record.is_file() and not overwrite:
+        _check_free(output_dir)
+    if given is not None or not record.is_file():
+        return given
     whole = [path for path in output_dir.glob(CHECKPOINTS) if _is_whole(path)]
     if not whole:
         return None  # it ended before its first checkpoint, so there is nothing to go on from
-    before = json.loads(record.read_text(encoding="utf-8"))
+    before = read_json(record)
     changed = sorted(name for name in before | settings if before.get(name) != settings.get(name))
     if changed and overwrite:
         return None

@@ -11,8 +11,9 @@ import logging
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -31,7 +32,7 @@ from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
 from .tokens import AnswerCollator
 from .tuner import SealConfig, hotswap_adapter, save_adapter
-from .tuner.config import Granularity, check_sites
+from .tuner.config import Granularity, Site, check_sites
 from .tuner.reading import read_adapter
 
 # What `--recipe` sets unless a flag or the config file says otherwise. "paper" is the paper's: 50 samples with one
@@ -70,7 +71,10 @@ class TrainArguments:
     )
     sites: list[str] = field(
         default_factory=lambda: ["output"],
-        metadata={"help": "What is scaled: the `output` of each head, its `query` (a temperature), or both."},
+        metadata={
+            "help": "What is scaled: the `output` of each head, its `query` (a temperature), or both.",
+            "choices": get_args(Site),
+        },
     )
     target_heads: list[str] | None = field(
         default=None,
@@ -88,7 +92,7 @@ class TrainArguments:
     self_extend: str | None = field(
         default=None, metadata={"help": """The same by Self-Extend: '{"group_size": 6, "window": 1024}'."""}
     )
-    recipe: str = field(default="default", metadata={"help": f"Named settings: {', '.join(RECIPES)}. Flags win."})
+    recipe: str = field(default="default", metadata={"help": "Named settings. Flags win.", "choices": RECIPES})
     dtype: Dtype = field(default="auto", metadata={"help": DTYPE_HELP})
     attn_implementation: str | None = field(default=None, metadata={"help": "Attention function, e.g. sdpa."})
     memory: Policy | None = field(
@@ -131,6 +135,14 @@ class SealTrainingArguments(TrainingArguments):
                 "push_to_hub and hub_token are not used here. Log in with `hf auth login` or set HF_TOKEN, and run "
                 "`seal-peft push --adapter OUTPUT_DIR --repo_id OWNER/NAME` when the training is done."
             )
+        for name in (
+            "learning_rate",
+            "num_train_epochs",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+        ):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name}={getattr(self, name)} was given; use more than 0.")
         # Without this, several processes on CPUs would each train alone (transformers 5.23).
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         # transformers 5.23 renamed gradient_checkpointing and warns about the old name; older ones know only that.
@@ -182,9 +194,8 @@ def train(
     output_dir = Path(training_arguments.output_dir)
     check_output_folder(output_dir, "train")
     settings = settings_of(asdict(arguments), training_arguments, other)
-    checkpoint = training_arguments.resume_from_checkpoint or find_checkpoint(
-        output_dir, settings, arguments.overwrite_output_dir
-    )
+    find = partial(find_checkpoint, output_dir, settings, arguments.overwrite_output_dir)
+    checkpoint = find(training_arguments.resume_from_checkpoint)
     model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
     with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
@@ -207,14 +218,12 @@ def train(
         data_collator=AnswerCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
-    trainer.get_train_dataloader()  # a bad batch size shows here, before an earlier adapter is cleared away
     tokens_of = [len(row["input_ids"]) for row in rows]
     memory = _apply_memory(trainer, arguments.memory, tokens=max(tokens_of))
     first = trainer.is_world_process_zero()
     with alone_in(output_dir) if first else nullcontext():
-        if first and training_arguments.resume_from_checkpoint is None:
-            # Another process may have come or gone while the model was loaded.
-            checkpoint = find_checkpoint(output_dir, settings, arguments.overwrite_output_dir)
+        if first:  # Another process may have come or gone while the model was loaded.
+            checkpoint = find(training_arguments.resume_from_checkpoint)
         if checkpoint is None and first:
             start_afresh(output_dir, settings)
         if torch.cuda.is_available():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ def test_rows_of_your_own_have_one_flag_in_every_stage_that_reads_samples(tmp_pa
         ("a: [\n", "cannot be read"),
         ("max_steps: many\n", "argument --max_steps/--max-steps: invalid int value: 'many'"),
         ("max_steps: [1]\ngranularity: token\n", "argument --granularity: invalid choice: 'token'"),
-        ("recipe: secret\n", "There is no recipe 'secret'. Known recipes: paper, default"),
+        ("recipe: secret\n", "argument --recipe: invalid choice: 'secret'"),
+        ("sites: [output, key]\n", "argument --sites: invalid choice: 'key'"),
     ],
 )
 def test_a_bad_file_is_wrong_usage(
@@ -144,16 +146,32 @@ def test_a_bad_file_is_wrong_usage(
     [
         (["sing"], "invalid choice: 'sing'"),
         (["train", *TRAIN, "--config", "no/such.yaml"], "--config no/such.yaml cannot be read"),
-        (["train", *TRAIN, "--recipe", "secret"], "There is no recipe 'secret'. Known recipes: paper, default"),
+        (["train", *TRAIN, "--recipe", "secret"], "argument --recipe: invalid choice: 'secret'"),
+        (["train", *TRAIN, "--recipe"], "seal-peft train: error: argument --recipe: expected one argument"),
+        (["train", *TRAIN, "--config"], "seal-peft train: error: argument --config: expected one argument"),
+        (["train", *TRAIN, "--sites", "output", "key"], "argument --sites: invalid choice: 'key'"),
+        (["merge", "--sites", "key"], "argument --sites: invalid choice: 'key'"),
         (["train", *TRAIN, "--learning_rat", "1"], "unrecognized arguments: --learning_rat 1"),
         (["train"], "the following arguments are required: --model_name_or_path/"),
         (["train", *TRAIN, "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["train", *TRAIN, "--num_train_epochs", "0"], "num_train_epochs=0.0 was given; use more than 0."),
+        (["train", *TRAIN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 was given; use more"),
         (["make-data", "--split", "dev"], "invalid choice: 'dev'"),
+        (["make-data", "--task", "chess"], "argument --task: invalid choice: 'chess'"),
+        (["heads", "--scores", "entropy"], "argument --scores: invalid choice: 'entropy'"),
+        (["heads", "--ablations", "noise"], "argument --ablations: invalid choice: 'noise'"),
+        (["heads", "--sites", "key"], "argument --sites: invalid choice: 'key'"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str], words: list[str], complaint: str) -> None:
     assert seal(*words) == 2
     assert complaint in error_of(capsys)
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="deepspeed is installed")
+def test_a_package_that_a_flag_needs_is_missed_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert seal("train", *TRAIN, "--deepspeed", "no/such.json") == 1
+    assert "deepspeed" in error_of(capsys)
 
 
 def test_no_stage_at_all_is_wrong_usage() -> None:
@@ -188,7 +206,6 @@ def test_make_data_writes_what_was_asked_and_says_where(
 @pytest.mark.parametrize(
     ("words", "complaint"),
     [
-        (["--task", "chess"], r"There is no task 'chess'. Known tasks: .*lines"),
         (["--lengths", 20], r"length=20 tokens is too short .* Use a length of at least \d+"),
         (["--lengths", 5000], r"5000 tokens was given, but the window of this model is 1024 tokens .*YaRN"),
         (["--lengths", 400, "--depths", 2], r"depths=\[2.0\] was given"),
@@ -215,6 +232,47 @@ def test_a_model_that_is_nowhere_is_one_line_too(tmp_path: Path, capsys: pytest.
     assert "nobody/nothing" in error_of(capsys)
     assert make_data("./nothing", tmp_path / "train.jsonl") == 1
     assert "There is no model folder './nothing'" in error_of(capsys)
+
+
+def test_a_folder_that_is_no_whole_model_says_what_it_lacks(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert make_data(folder, tmp_path / "train.jsonl") == 1
+    assert f"The folder '{folder}' holds no model: there is no config.json in it." in error_of(capsys)
+    (folder / "config.json").write_text('{"model_type": "nosuch"}')
+    assert make_data(folder, tmp_path / "train.jsonl") == 1
+    assert f"The model '{folder}' cannot be read: " in error_of(capsys)
+    save_model(tmp_path / "whole", weights=False)
+    (tmp_path / "whole" / "config.json").replace(folder / "config.json")
+    assert make_data(folder, tmp_path / "train.jsonl") == 1
+    assert f"The tokenizer of '{folder}' cannot be read. Save it" in error_of(capsys)
+
+
+@pytest.mark.parametrize("stage", cli.STAGES)
+def test_a_file_where_a_folder_must_be_is_named_before_any_work(
+    stage: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if stage in ("push", "advise"):
+        pytest.skip("It writes into no folder that is named.")
+    file, samples = (
+        tmp_path / "file",
+        save_samples(tmp_path / "samples.jsonl", "train" if stage == "train" else "test"),
+    )
+    file.write_text("mine")
+    base, out = ["--model_name_or_path", model], ["--output_dir", file / "new"]
+    words = {
+        "make-data": [*base, "--output_file", file / "new.jsonl"],
+        "train": [*base, *out, "--train_file", samples],
+        "evaluate": [*base, *out, "--test_file", samples],
+        "heads": [*base, *out, "--test_file", samples],
+        "merge": [*out, "--adapter", "nowhere"],
+    }.get(stage, out)
+    words += ["--adapter", "nowhere"] if stage == "report" else []
+    assert seal(stage, *words) == 1
+    assert f"because {file} is a file. Choose another folder" in error_of(capsys)
+    assert file.read_text() == "mine"
 
 
 # --- interrupts ----------------------------------------------------------------------------------------------------

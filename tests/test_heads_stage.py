@@ -264,10 +264,10 @@ def test_samples_of_no_set_length_are_one_map(house: Path, tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--scores", "entropy"], "scores=['entropy'] was given; use one or more of: gradient, pruning"),
-        (["--scores", "gradient", "gradient"], "scores=['gradient', 'gradient'] was given"),
-        (["--ablations", "noise"], "use one or more of: zero, mean"),
-        (["--sites", "key"], "use one or more of: output, query"),
+        (["--scores", "entropy"], "argument --scores: invalid choice: 'entropy'"),
+        (["--scores", "gradient", "gradient"], "scores=['gradient', 'gradient'] was given; use one or more"),
+        (["--ablations", "mean", "mean"], "use one or more of: zero, mean, each once"),
+        (["--sites", "query", "query"], "use one or more of: output, query, each once"),
         (["--scores", "gradient", "--quadrants", "Q1=0.9"], "--quadrants goes by pruning: add it to --scores"),
         (["--quadrants", "Q9=2"], "Write Q1=0.9,Q3=1.1"),
         (["--channels_of", "L7H0"], "The model has no head 'L7H0'"),

@@ -102,8 +102,10 @@ def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.Captu
     _, words = done
     assert seal(*words, "--size", "tiny") == 1
     assert "Choose another --work_dir." in error_of(capsys)
-    assert seal(*["reproduce", "lime"], *words[2:]) == 1
-    assert f"There is no part 'lime'. The parts: {', '.join(PARTS)}" in error_of(capsys)
+    assert seal(*["reproduce", "lime"], *words[2:]) == 2
+    assert "argument --parts: invalid choice: 'lime'" in error_of(capsys)
+    with pytest.raises(ValueError, match=f"There is no part 'lime'. The parts: {', '.join(PARTS)}"):
+        stage.reproduce(stage.ReproduceArguments(["lime"]))
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "mini"])

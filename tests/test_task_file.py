@@ -112,7 +112,7 @@ TOLD_TWICE = "bad.jsonl, line 2: Field 'messages': 'Order 1 goes to gate A1.' st
 @pytest.mark.parametrize(
     ("rows", "words", "complaint"),
     [
-        ([row(1)], [], "bad.jsonl, 1 example was given; use at least 2"),
+        ([row(1)], [], "bad.jsonl, examples given: 1; use at least 2"),
         ([row(1), row(2, task="chess")], [], "bad.jsonl, line 2: Field 'task': There is no task 'chess'"),
         ([row(1), row(2, answers=[])], [], "bad.jsonl, line 2: Field 'answers' must be a list of at least one text"),
         ([row(1), row(2, **asks("Why?"))], [], NO_EMPTY_LINE),

@@ -340,6 +340,19 @@ def test_adapters_and_checkpoints_of_another_program_are_neither_continued_nor_r
         train_in(tmp_path / "b", house)
 
 
+def test_a_checkpoint_that_is_named_is_whole_and_costs_no_finished_adapter(house: Path, tmp_path: Path) -> None:
+    train_in(tmp_path / "one", house, max_steps=2)
+    checkpoint = str(tmp_path / "one" / "checkpoint-2")
+    with pytest.raises(ValueError, match="holds a finished adapter .run.json"):
+        train_in(tmp_path / "one", house, resume_from_checkpoint=checkpoint)
+    train_in(tmp_path / "two", house, resume_from_checkpoint=checkpoint)
+    assert (run_of(tmp_path / "two")["resumed_from"], run_of(tmp_path / "two")["steps"]) == (checkpoint, 6)
+    for name in ("nowhere", "one"):
+        with pytest.raises(ValueError, match=f"--resume_from_checkpoint .*{name} is no whole checkpoint"):
+            train_in(tmp_path / "three", house, resume_from_checkpoint=str(tmp_path / name))
+    assert not (tmp_path / "three").exists()
+
+
 # --- bad input: the model has no weights, so that whoever would load it fails in another way -------------------------
 
 

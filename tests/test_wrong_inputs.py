@@ -10,11 +10,12 @@ from safetensors.torch import load_file, save_file
 import seal_peft
 from models import adapted, base_model
 from seal_peft import SealConfig
-from seal_peft.data import read_samples
+from seal_peft.data import read_samples, trained_prompts
 from seal_peft.dataset import training_rows
 from seal_peft.heads import find_heads
 from seal_peft.make_data import MakeDataArguments, make_data
 from seal_peft.report import read_metrics
+from seal_peft.resume import find_checkpoint
 from seal_peft.tuner.weights import SETTINGS
 
 
@@ -34,6 +35,20 @@ def test_samples_come_from_a_file(tmp_path, name):
 def test_metrics_come_from_a_file(tmp_path, name):
     with pytest.raises(FileNotFoundError, match=r"There is no file .*metrics\.json that `seal-peft evaluate`"):
         read_metrics(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["run.json", "unfinished.json", "adapter_config.json"])
+def test_a_record_that_is_cut_off_is_named(tmp_path, name):
+    (tmp_path / name).write_text('{"a": ')
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text("{}")
+    read = {
+        "run.json": lambda: trained_prompts(tmp_path),
+        "unfinished.json": lambda: find_checkpoint(tmp_path, {}, overwrite=False),
+        "adapter_config.json": lambda: seal_peft.push(tmp_path, "me/heads"),
+    }[name]
+    with pytest.raises(ValueError, match=f"{name} is not JSON .*: it was cut off or edited. Restore it"):
+        read()
 
 
 def test_samples_are_not_written_over_a_folder(tmp_path):

@@ -78,20 +78,24 @@ class HeadsArguments:
         default=None, metadata={"help": "SEAL adapter whose scales stand beside the scores of the base model."}
     )
     apply_adapter: bool = field(default=False, metadata={"help": "Score the model with the adapter, not the base."})
-    scores: list[str] = field(default_factory=lambda: [*SCORES], metadata={"help": f"Of: {', '.join(SCORES)}."})
+    scores: list[str] = field(default_factory=lambda: [*SCORES], metadata={"help": "Which scores.", "choices": SCORES})
     measure: Measure = field(
         default="answer",
         metadata={"help": "Whose log-probability counts: of the accepted `answer`, or of the whole `target`."},
     )
     sites: list[str] = field(
-        default_factory=lambda: ["output", "query"], metadata={"help": "Gradients at: output, query."}
+        default_factory=lambda: ["output", "query"],
+        metadata={"help": "Gradients of scales at these sites.", "choices": get_args(Site)},
     )
-    ablations: list[str] = field(default_factory=lambda: ["zero"], metadata={"help": "Pruning to: zero, mean."})
+    ablations: list[str] = field(
+        default_factory=lambda: ["zero"],
+        metadata={"help": "What a pruned head gives: 0, or its mean over all tokens.", "choices": get_args(Ablation)},
+    )
     channels_of: list[str] = field(
         default_factory=list, metadata={"help": "Heads whose channels are pruned one by one, such as L14H7."}
     )
     generate_heads: int = field(
-        default=0, metadata={"help": "Generate answers without the so many heads at either end of the pruning map."}
+        default=0, metadata={"help": "Generate answers without a head, for so many at either end of the pruning map."}
     )
     quadrants: list[str] = field(
         default_factory=list,
@@ -126,12 +130,13 @@ def heads(arguments: HeadsArguments) -> str:
     """
     new_figure(1, 1)
     samples = _check(arguments)
+    config = load_config(arguments.model_name_or_path)
     tokenizer = load_tokenizer(arguments.model_name_or_path)
     encoded = encode_samples(samples, tokenizer, arguments.measure)
     if "retrieval" in arguments.scores:
         check_needles(encoded)
     by_length = {n: [row for row in encoded if row.length == n] for n in sorted({row.length for row in encoded})}
-    _check_model(arguments, longest=max(len(row.input_ids) for row in encoded))
+    _check_model(arguments, config, longest=max(len(row.input_ids) for row in encoded))
 
     folder = Path(arguments.output_dir)
     others = [left(folder, name, _settings(arguments, name)) for name in SCORES if name not in arguments.scores]
@@ -169,7 +174,7 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
     for name, known in (("scores", SCORES), ("sites", get_args(Site)), ("ablations", get_args(Ablation))):
         given = getattr(arguments, name)
         if not given or not set(given) <= set(known) or len(set(given)) < len(given):
-            raise ValueError(f"{name}={given} was given; use one or more of: {', '.join(known)}.")
+            raise ValueError(f"{name}={given} was given; use one or more of: {', '.join(known)}, each once.")
     for wants_pruning in ("quadrants", "channels_of", "generate_heads"):
         if getattr(arguments, wants_pruning) and "pruning" not in arguments.scores:
             raise ValueError(f"--{wants_pruning} goes by pruning: add it to --scores.")
@@ -194,9 +199,9 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
     return samples
 
 
-def _check_model(arguments: HeadsArguments, longest: int) -> None:
+def _check_model(arguments: HeadsArguments, config: Any, longest: int) -> None:
     """Find out without the weights whether model and adapter fit each other and the samples, and name the heads."""
-    config, window = load_config(arguments.model_name_or_path), None
+    window = None
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
         raise ValueError(
             f"{arguments.model_name_or_path} is a {config.model_type} model, which transformers does not load as a "

@@ -18,7 +18,8 @@ from peft import get_peft_model
 
 from ..data import make_samples, read_samples, write_samples
 from ..evaluate import EvaluateArguments, evaluate
-from ..files import write_json
+from ..files import read_json, write_json
+from ..folders import check_place
 from ..heads.stage import HeadsArguments, heads
 from ..loading import load_model, load_tokenizer
 from ..plots import new_figure
@@ -40,7 +41,11 @@ class ReproduceArguments:
 
     parts: list[str] = field(
         default_factory=lambda: [*PARTS],
-        metadata={"help": f"Of: {', '.join(PARTS)}. The words behind `reproduce` are these, too. Default: all."},
+        metadata={
+            "help": f"Of: {', '.join(PARTS)}. The words behind `reproduce` are these, too.",
+            "choices": PARTS,
+            "metavar": "PART",
+        },
     )
     model_name_or_path: str = field(default="smollm2", metadata={"help": "Base model; the settings are SmolLM2's."})
     output_dir: str = field(
@@ -78,6 +83,8 @@ def reproduce(arguments: ReproduceArguments) -> str:
     new_figure(1, 1)  # asked first: pictures come last
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}. The parts: {', '.join(PARTS)}.")
+    check_place(Path(arguments.output_dir))
+    check_place(Path(arguments.work_dir))
     _claim_folder(arguments)
     shown = []
     for name in arguments.parts:
@@ -93,7 +100,7 @@ def _claim_folder(arguments: ReproduceArguments) -> None:
     settings = {"model": arguments.model_name_or_path, "size": arguments.size, "recipes": RECIPES}
     if not path.is_file():
         write_json(path, settings)
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = read_json(path)
     if before != settings:
         raise ValueError(f"{path.parent} holds work with {before}, not {settings}. Choose another --work_dir.")
 
@@ -142,7 +149,7 @@ class _Run:
         output = Path(self.arguments.output_dir)
         shutil.copytree(folder, output / f"reproduce-{self.name}", ignore=_lock_files, dirs_exist_ok=True)
         (output / f"reproduce-{self.name}" / "metrics.json").replace(output / f"reproduce-{self.name}.json")
-        return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        return read_json(folder / "metrics.json")
 
     # -- samples and adapters -----------------------------------------------------------------------------------------
 
@@ -249,8 +256,7 @@ class _Run:
         if len(self.seeds) > 1:
             metrics = self.over_seeds(metrics, together)
         records = {
-            name: json.loads((self.adapter(t, self.seeds[0]) / "run.json").read_text(encoding="utf-8"))
-            for name, t in self.part.trainings.items()
+            name: read_json(self.adapter(t, self.seeds[0]) / "run.json") for name, t in self.part.trainings.items()
         }
         keys = ("trainable_parameters", "samples", "tokens", "steps", "seconds", "peak_memory_bytes", "device")
         result = {
@@ -263,7 +269,7 @@ class _Run:
             **metrics,
         }
         if self.part.heads:
-            found = json.loads((self.folder / "heads" / "heads.json").read_text(encoding="utf-8"))
+            found = read_json(self.folder / "heads" / "heads.json")
             result["heads"] = found
         for name in ("model_name_or_path", "test_file", "output_dir", "adapters"):
             result["arguments"].pop(name)  # paths of one machine

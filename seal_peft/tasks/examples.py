@@ -47,7 +47,7 @@ def take_apart(samples: Sequence[Sample]) -> list[Example]:
             splits; the message names line and field.
     """
     if len(samples) < len(SPLITS):
-        raise ValueError(f"{len(samples)} example was given; use at least 2: one to train with, one to test with.")
+        raise ValueError(f"examples given: {len(samples)}; use at least 2: one to train with, one to test with.")
     examples: list[Example] = []
     lines: dict[str, int] = {}
     for line, sample in enumerate(samples, start=1):

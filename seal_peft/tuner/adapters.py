@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from peft.utils import ModulesToSaveWrapper, load_peft_weights
+from peft.utils import ModulesToSaveWrapper, PeftType, load_peft_weights
 from torch import nn
 
 from .config import SealConfig, Site
@@ -74,7 +74,8 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
     _unmerged_layers(model, adapter_name)
     config = read_adapter(str(model_id))
     if not isinstance(config, SealConfig):
-        raise ValueError(f"{model_id} is an adapter of type {config.peft_type}, so it cannot replace a SEAL adapter.")
+        method = PeftType(config.peft_type).value
+        raise ValueError(f"{model_id} is an adapter of type {method}, so it cannot replace a SEAL adapter.")
     weights = checked_weights(config, load_peft_weights(str(model_id), device="cpu"))
     check_same_positions(config, model, adapter_name)
     _check_same_heads(config, getattr(model, "peft_config", {}).get(adapter_name), model_id)
@@ -91,11 +92,13 @@ def hotswap_adapter(model: nn.Module, model_id: str | os.PathLike[str], adapter_
         )
     for name, value in saved.items():
         own = layers[name].offset(adapter_name)
-        if value.shape != own.shape or not torch.isfinite(value).all():
+        if value.shape != own.shape:
             raise ValueError(
-                f"{model_id} does not fit layer {name}: saved shape {tuple(value.shape)}, the model's "
-                f"{tuple(own.shape)}, finite values only. Heads, head_dim and granularity must be the same."
+                f"{model_id} does not fit layer {name}: its scales have shape {tuple(value.shape)}, those of adapter "
+                f"{adapter_name!r} of the model {tuple(own.shape)}. Heads, head_dim and granularity must be the same."
             )
+        if not torch.isfinite(value).all():
+            raise ValueError(f"{model_id} holds NaN or infinite scales in layer {name}; do not use it.")
     with torch.no_grad():
         for name, layer in layers.items():
             weight = layer.offset(adapter_name)

@@ -16,7 +16,7 @@ import torch
 from peft.config import PeftConfig
 from peft.tuners.ia3 import IA3Config
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils import get_peft_model_state_dict
+from peft.utils import PeftType, get_peft_model_state_dict
 from peft.utils.save_and_load import load_peft_weights
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -134,7 +134,9 @@ def import_ia3(
     """
     source, config = str(folder), read_adapter(str(folder))
     if not isinstance(config, IA3Config):
-        raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; import_ia3 reads IA3 adapters.")
+        raise ValueError(
+            f"{folder} holds an adapter of type {PeftType(config.peft_type).value}; import_ia3 reads IA3 adapters."
+        )
     base_model = _skeleton(config) if base_model is None else base_model
     modules, tensors, projections = dict(base_model.named_modules()), base_model.state_dict(), _projections(base_model)
     heads, weights = {}, {}
@@ -207,7 +209,9 @@ def _query_layers(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
 def _seal_in_folder(folder: Path) -> tuple[SealConfig, dict[str, Tensor], _Sizes]:
     config = read_adapter(str(folder))
     if not isinstance(config, SealConfig):
-        raise ValueError(f"{folder} holds an adapter of type {config.peft_type}; export_ia3 writes SEAL adapters.")
+        raise ValueError(
+            f"{folder} holds an adapter of type {PeftType(config.peft_type).value}; export_ia3 writes SEAL adapters."
+        )
     if "query" in config.sites:
         raise ValueError(
             f"The folder {folder} does not tell how queries lie in their projections. Load the adapter on its base "
