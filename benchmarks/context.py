@@ -29,13 +29,13 @@ from typing import Any
 
 from context_systems import EXTENSIONS, METHODS, SYSTEMS, adapter_is_there, by_cost, is_trained
 from context_table import merge
-from jobs import do_jobs, spread
+from jobs import batches_of, do_jobs, spread
 from peft import get_peft_model
-from together import answers_together, batches_of
 
 from seal_peft import SealConfig
 from seal_peft.data import make_samples, read_samples, write_samples
 from seal_peft.files import write_json
+from seal_peft.generation import generate_answers
 from seal_peft.loading import load_adapter, load_model, load_tokenizer, unload_adapter
 from seal_peft.provenance import provenance
 from seal_peft.tasks import Sample, get_task
@@ -126,13 +126,15 @@ def ask(arguments: argparse.Namespace, task: str, folder: Path) -> None:
     record = folder / "answers.json"
     answered: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     tokenizer, rule, started = load_tokenizer(arguments.model), get_task(task), time.monotonic()
-    # Batches are those of all samples, so that a run that goes on pads as one that was never interrupted.
-    batches = batches_of(prompts, arguments.batch_tokens)
+    # Batches are those of all samples, so that a run that goes on pads as one that was never interrupted. In a batch
+    # dynamic RoPE would turn all rows by the frequencies of the longest, and need the mask of a padded batch.
+    alone = SYSTEMS[folder.name][0] == "dynamic"
+    batches = batches_of(prompts, rule.max_new_tokens, 1 if alone else arguments.batch_tokens)
     todo = [batch for batch in batches if not {samples[i].id for i in batch} <= answered.keys()]
     if todo:
         model = load_adapter(load_model(arguments.model), str(folder / "adapter"))
     for batch in todo:
-        answers = answers_together(model, tokenizer, [prompts[i] for i in batch], rule.max_new_tokens)
+        answers = generate_answers(model, tokenizer, [prompts[i] for i in batch], rule.max_new_tokens)
         for i, answer in zip(batch, answers, strict=True):
             answered[samples[i].id] = {"answer": answer, "score": rule.score(answer, samples[i].answers)}
         write_json(record, answered)

@@ -18,9 +18,9 @@ from statistics import mean
 from typing import Any
 
 import torch
-from together import answers_together, batches_of
 
 from seal_peft.data import make_samples, write_samples
+from seal_peft.generation import generate_answers, make_batches
 from seal_peft.loading import load_tokenizer
 from seal_peft.provenance import provenance
 from seal_peft.reproduce.share import make_all
@@ -68,10 +68,16 @@ def score_answers(model: Any, tokenizer: Any, samples: Sequence[Sample], batch_t
     task = TASKS["lines"]
     prompts = [encode_prompt(sample, tokenizer) for sample in samples]
     found: dict[int, float] = {}
-    for batch in batches_of(prompts, batch_tokens):
-        answers = answers_together(model, tokenizer, [prompts[i] for i in batch], task.max_new_tokens)
+    for batch in batches_of(prompts, task.max_new_tokens, batch_tokens):
+        answers = generate_answers(model, tokenizer, [prompts[i] for i in batch], task.max_new_tokens)
         found |= {i: task.score(answer, samples[i].answers) for i, answer in zip(batch, answers, strict=True)}
     return [found[index] for index in range(len(samples))]
+
+
+def batches_of(prompts: Sequence[list[int]], limit: int, tokens: int) -> list[list[int]]:
+    """Indices of prompts that so many tokens hold together, with answers of up to `limit` tokens."""
+    longest = max(map(len, prompts)) + limit
+    return make_batches(prompts, [limit] * len(prompts), max(1, tokens // longest))
 
 
 def interval_over_seeds(scores: Sequence[Sequence[float]]) -> dict[str, float]:

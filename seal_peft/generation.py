@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from .prefill import can_prefill_one_by_one, prefill_one_by_one
+
 
 def make_batches(prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int) -> list[list[int]]:
     """Group prompts that are generated together, the largest batch first so that a lack of memory shows at once.
@@ -47,7 +49,8 @@ def generate_answers(
 ) -> list[str]:
     """Return the greedy answers to one batch of prompts, without special tokens.
 
-    An answer ends at an end-of-text token of the model or its tokenizer, or at one of `ends`.
+    An answer ends at an end-of-text token of the model or its tokenizer, or at one of `ends`. Prompts are read one
+    by one, where the model allows it, and answered together.
 
     Args:
         model: A causal language model, on its device and in inference mode.
@@ -67,9 +70,11 @@ def generate_answers(
     ids = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     with torch.inference_mode(), _plain_settings(model):
+        alone = len(prompts) > 1 and can_prefill_one_by_one(model)
         output = model.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
+            past_key_values=prefill_one_by_one(model, prompts) if alone else None,
             generation_config=settings,
         )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

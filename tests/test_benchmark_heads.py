@@ -5,17 +5,10 @@ import runpy
 from pathlib import Path
 
 import pytest
-import torch
-from peft import get_peft_model
 
-import models
-import tokenizers_for_tests as tokenizers_
 from pages import filled
-from seal_peft import SealConfig
 from seal_peft.data import write_samples
-from seal_peft.generation import generate_answers
-from seal_peft.tokens import encode_prompt
-from stages import run_script, save_model, some_samples
+from stages import run_script, save_model
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 
@@ -55,33 +48,6 @@ def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(tmp_path: Pat
     for part, rows in quadrants.items():
         assert {row["system"] for row in rows} == {row["system"] for row in measured[part]}
         assert {name for row in rows for name in row} == {name for row in measured[part] for name in row}
-
-
-EXTENSIONS = {
-    "none": {"rope_parameters": {"rope_type": "default"}},
-    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}},
-    "self-extend": {"self_extend": {"group_size": 3, "window": 40}},
-}
-
-
-@pytest.mark.parametrize("extension", EXTENSIONS)
-def test_prompts_that_are_read_alone_get_the_answers_of_a_padded_batch(
-    extension: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    together = runpy.run_path(str(SCRIPTS / "together.py"))
-    tokenizer = tokenizers_.bpe(tokenizers_.CHATML)
-    base = models.llama(vocab_size=len(tokenizer), max_position_embeddings=256)
-    model = get_peft_model(base, SealConfig(sites=(), **EXTENSIONS[extension])).eval()
-    prompts = [encode_prompt(sample, tokenizer) for sample in some_samples("test", 400, 2)]
-    prompts = sorted([*prompts, prompts[0][:300]], key=len, reverse=True)
-    with torch.inference_mode():
-        model(input_ids=torch.tensor([prompts[0] * 2]))  # dynamic RoPE forgets it
-    found = together["answers_together"](model, tokenizer, prompts, 8)
-    fresh = models.llama(vocab_size=len(tokenizer), max_position_embeddings=256)
-    fresh = get_peft_model(fresh, SealConfig(sites=(), **EXTENSIONS[extension])).eval()
-    assert found == generate_answers(fresh, tokenizer, prompts, 8)
-    assert together["batches_of"](prompts, 2 * len(prompts[0])) == [[0, 1], [2]]
 
 
 def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .grouped import rotate
-from .rope import rotary_modules, text_config
+from .rope import depends_on_length, rotary_modules, text_config
 
 _NAME = "self_extend_probe"
-# Their frequencies depend on the length, so that cached keys may have been rotated by others.
-_BY_LENGTH = ("dynamic", "longrope")
 # Two sets of positions, far enough apart that another rotation cannot pass for the right one.
 _POSITIONS = (0, 1, 2, 3, 4, 5), (3, 10, 11, 41, 40, 97)
 _heard: contextvars.ContextVar[list[_Heard]] = contextvars.ContextVar("heard")
@@ -104,11 +102,9 @@ def check_frequencies(model: nn.Module, rotaries: list[nn.Module]) -> None:
     Raises:
         ValueError: One does.
     """
-    kinds = [value for rotary in rotaries for name, value in vars(rotary).items() if name.endswith("rope_type")]
-    flat = [kind for value in kinds for kind in (value.values() if isinstance(value, dict) else [value])]
-    if found := [kind for kind in flat if kind in _BY_LENGTH]:
+    if kind := depends_on_length(rotaries):
         raise ValueError(
-            f"{type(model).__name__} has RoPE of the type {found[0]!r}, whose frequencies depend on the length, so "
+            f"{type(model).__name__} has RoPE of the type {kind!r}, whose frequencies depend on the length, so "
             "that cached keys cannot be turned to other positions. Use Self-Extend with another type (default, "
             "linear, ntk, yarn, llama3), or this type without Self-Extend."
         )

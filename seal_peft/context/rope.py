@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -236,6 +236,13 @@ def text_config(model: nn.Module) -> PreTrainedConfig | None:
 def rotary_modules(model: nn.Module, config: PreTrainedConfig) -> list[nn.Module]:
     """Those that read this very config: a vision tower has its own."""
     return [m for m in model.modules() if hasattr(m, "rope_type") and getattr(m, "config", None) is config]
+
+
+def depends_on_length(rotaries: Iterable[nn.Module]) -> str | None:
+    """The first RoPE type whose frequencies depend on the length: cached keys may have been rotated by others."""
+    kinds = [value for rotary in rotaries for name, value in vars(rotary).items() if name.endswith("rope_type")]
+    flat = [kind for value in kinds for kind in (value.values() if isinstance(value, dict) else [value])]
+    return next((kind for kind in flat if kind in ("dynamic", "longrope")), None)
 
 
 def _rotated(model: nn.Module, name: str) -> int:
