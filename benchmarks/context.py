@@ -128,8 +128,9 @@ def ask(arguments: argparse.Namespace, task: str, folder: Path) -> None:
     tokenizer, rule, started = load_tokenizer(arguments.model), get_task(task), time.monotonic()
     # Batches are those of all samples, so that a run that goes on pads as one that was never interrupted. In a batch
     # dynamic RoPE would turn all rows by the frequencies of the longest, and need the mask of a padded batch.
-    alone = SYSTEMS[folder.name][0] == "dynamic"
-    batches = batches_of(prompts, rule.max_new_tokens, 1 if alone else arguments.batch_tokens)
+    batches = batches_of(prompts, rule.max_new_tokens, arguments.batch_tokens)
+    if SYSTEMS[folder.name][0] == "dynamic":
+        batches = [[index] for index in range(len(prompts))]
     todo = [batch for batch in batches if not {samples[i].id for i in batch} <= answered.keys()]
     if todo:
         model = load_adapter(load_model(arguments.model), str(folder / "adapter"))

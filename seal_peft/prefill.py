@@ -14,10 +14,17 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, cache_utils
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .context.rope import depends_on_length
+
+# Methods that change modules and nothing else. Others may look at a whole prompt, or at the cache.
+_METHODS = {"SEAL", "LORA", "IA3", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA"}
+# Of one token each, or without any, as where a layer shares those of another (transformers 5.10 has no such kind).
+_LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer)}
+# They hold a state of the text in their modules, which transformers 5.10 does not say.
+_STATEFUL = {"recurrent_gemma", "glm_moe_dsa"}
 
 
 def can_prefill_one_by_one(model: Any) -> bool:
@@ -25,16 +32,17 @@ def can_prefill_one_by_one(model: Any) -> bool:
 
     It is not where there is a recurrent state or an encoder, nor for RoPE whose frequencies depend on the length: in a
     batch they are those of the longest. Positions of several dimensions are counted by the model, from its batch.
-    Prompt learning puts tokens of its own in front.
+    Some adapters look at the whole prompt: prompt learning puts tokens in front, aLoRA looks for some in it.
 
     Args:
         model: A causal language model, with adapters or without.
     """
-    if isinstance(model, PeftModel) and any(config.is_prompt_learning for config in model.peft_config.values()):
+    adapters = getattr(model, "peft_config", {}).values()
+    if any(own.peft_type not in _METHODS or getattr(own, "alora_invocation_tokens", None) for own in adapters):
         return False
     inner: Any = model.get_base_model() if isinstance(model, PeftModel) else model
     config = inner.config
-    if config.is_encoder_decoder or inner._is_stateful:
+    if config.is_encoder_decoder or inner._is_stateful or config.model_type in _STATEFUL:
         return False
     if "mrope_section" in (getattr(config.get_text_config(), "rope_parameters", None) or {}):
         return False
@@ -42,7 +50,7 @@ def can_prefill_one_by_one(model: Any) -> bool:
         return False
     if not inspect.signature(inner.forward).parameters.keys() >= {"past_key_values", "position_ids", "logits_to_keep"}:
         return False
-    return {type(layer) for layer in DynamicCache(config=config).layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    return {type(layer) for layer in DynamicCache(config=config).layers} <= _LAYERS
 
 
 def prefill_one_by_one(model: Any, prompts: Sequence[list[int]]) -> DynamicCache:
@@ -73,6 +81,7 @@ def prefill_one_by_one(model: Any, prompts: Sequence[list[int]]) -> DynamicCache
             for together, alone in zip(batch, pair, strict=True):
                 together[row, :, width + 1 - len(prompt) :] = alone[0]
     cache = DynamicCache(config=model.config)
-    for index, (keys, values) in layers.items():
+    for index in list(layers):
+        keys, values = layers.pop(index)  # `update` copies them, so they go layer by layer
         cache.update(keys, values, index)
     return cache

@@ -67,7 +67,7 @@ def find_checkpoint(
         )
     record = output_dir / UNFINISHED
     if not record.is_file() and not overwrite:
-        _check_free(output_dir)
+        _check_free(output_dir, checkpoints=given is None)
     if given is not None or not record.is_file():
         return given
     whole = [path for path in output_dir.glob(CHECKPOINTS) if _is_whole(path)]
@@ -86,15 +86,15 @@ def find_checkpoint(
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2])))
 
 
-def _check_free(output_dir: Path) -> None:
-    """Refuse a folder with an adapter or checkpoints in it; other files do no harm and stay."""
+def _check_free(output_dir: Path, checkpoints: bool) -> None:
+    """Refuse a folder with an adapter or, if asked to, checkpoints in it; other files do no harm and stay."""
     found = next((name for name in (FINISHED, CONFIG_NAME) if (output_dir / name).is_file()), None)
     if found is not None:
         raise ValueError(
             f"{output_dir} holds a finished adapter ({found}). Choose another --output_dir, or pass "
             "--overwrite_output_dir, which removes it and trains anew."
         )
-    if any(output_dir.glob(CHECKPOINTS)):
+    if checkpoints and any(output_dir.glob(CHECKPOINTS)):
         raise ValueError(
             f"{output_dir} holds checkpoints of another program. Choose another --output_dir, or pass "
             "--overwrite_output_dir, which removes them."

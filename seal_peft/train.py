@@ -135,12 +135,8 @@ class SealTrainingArguments(TrainingArguments):
                 "push_to_hub and hub_token are not used here. Log in with `hf auth login` or set HF_TOKEN, and run "
                 "`seal-peft push --adapter OUTPUT_DIR --repo_id OWNER/NAME` when the training is done."
             )
-        for name in (
-            "learning_rate",
-            "num_train_epochs",
-            "per_device_train_batch_size",
-            "gradient_accumulation_steps",
-        ):
+        counted = () if self.max_steps > 0 else ("num_train_epochs",)
+        for name in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", *counted):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name}={getattr(self, name)} was given; use more than 0.")
         # Without this, several processes on CPUs would each train alone (transformers 5.23).
@@ -218,6 +214,7 @@ def train(
         data_collator=AnswerCollator(tokenizer.pad_token_id),
         processing_class=tokenizer,
     )
+    trainer.get_train_dataloader()  # a bad setting of it shows here, before an earlier adapter is cleared away
     tokens_of = [len(row["input_ids"]) for row in rows]
     memory = _apply_memory(trainer, arguments.memory, tokens=max(tokens_of))
     first = trainer.is_world_process_zero()

@@ -142,7 +142,7 @@ def test_a_second_call_keeps_what_is_finished_and_computes_what_changed(
     assert list(read(house / "out" / "gradient.json")["maps"]) == ["gradient"]
 
 
-def test_scores_of_earlier_calls_stay_in_the_table(house: Path) -> None:
+def test_scores_of_earlier_calls_stay_in_the_table(house: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["--sites", "output"]
     assert run(house, "--scores", "gradient", *words, out="grown") == 0
     gradient = (house / "grown" / "gradient.json").read_bytes()
@@ -151,6 +151,11 @@ def test_scores_of_earlier_calls_stay_in_the_table(house: Path) -> None:
     assert {"gradient@400", "gradient@500", "retrieval_copy@400", "scale"} <= set(table["heads"][0])
     assert table["rank_correlations"]["500"]["retrieval_mass"]["gradient"] is not None
     assert set(table["top"]) >= {"gradient@400", "retrieval_mass@400"}
+    # A lost file does not take its columns out of the table in silence.
+    channels = (house / "grown" / "gradient-channels.safetensors").rename(house / "kept")
+    assert run(house, "--scores", "retrieval", "--adapter", house / "adapter", out="grown") == 1
+    assert "holds gradient.json without its gradient-channels.safetensors" in error_of(capsys)
+    channels.rename(house / "grown" / "gradient-channels.safetensors")
     # The base model's scores do not depend on what stands beside them.
     assert run(house, "--scores", "gradient", *words, "--adapter", house / "adapter", out="grown") == 0
     assert (house / "grown" / "gradient.json").read_bytes() == gradient

@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PromptTuningConfig, get_peft_model
+import transformers as tf
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, Qwen3NextConfig
+from transformers import AttentionInterface, AttentionMaskInterface, Lfm2Config, Qwen3NextConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -16,6 +17,7 @@ from seal_peft.generation import generate_answers
 from seal_peft.prefill import can_prefill_one_by_one
 
 PROMPTS = [torch.randint(3, models.VOCAB, (n,), generator=torch.manual_seed(n)).tolist() for n in (30, 41, 9, 1, 25)]
+INVOCATION = [7, 11]
 LIMIT = 10
 EXTENSIONS: dict[str, dict[str, Any]] = {
     "none": {},
@@ -89,16 +91,38 @@ def _hybrid() -> nn.Module:
     )
 
 
+def _convolution() -> nn.Module:
+    return models.causal(Lfm2Config, layer_types=["conv", "full_attention"])
+
+
+def _invoked() -> nn.Module:
+    """An aLoRA adapter, in force from the tokens on with which the prompts end."""
+    config = LoraConfig(
+        task_type="CAUSAL_LM", target_modules=["q_proj"], init_lora_weights=False, alora_invocation_tokens=INVOCATION
+    )
+    return get_peft_model(models.llama(), config).eval()
+
+
 def _dynamic() -> nn.Module:
     settings = {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}
     return get_peft_model(models.llama(), SealConfig(task_type="CAUSAL_LM", **settings)).eval()
 
 
-@pytest.mark.parametrize("build", [_hybrid, _dynamic])
+@pytest.mark.parametrize("build", [_hybrid, _convolution, _invoked, _dynamic])
 def test_what_keys_and_values_do_not_say_all_about_is_read_as_a_batch(build: Any) -> None:
-    model = build()
+    model, prompts = build(), [prompt + INVOCATION for prompt in PROMPTS[:3]]
     assert not can_prefill_one_by_one(model)
-    assert answers(model, PROMPTS[:3]) == [answers(model, [prompt])[0] for prompt in PROMPTS[:3]]
+    assert answers(model, prompts) == [answers(model, [prompt])[0] for prompt in prompts]
+
+
+@pytest.mark.skipif(not hasattr(tf, "Gemma4TextConfig"), reason="younger than the oldest transformers")
+def test_layers_that_share_keys_and_values_of_others_are_no_hindrance() -> None:
+    kinds = ["sliding_attention", "full_attention"] * 2
+    shared = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
+    settings = {**models._GEMMA4, **shared, "num_hidden_layers": 4, "layer_types": kinds}
+    model = models.causal(tf.Gemma4TextConfig, **settings)
+    assert can_prefill_one_by_one(model)
+    assert answers(model, PROMPTS) == [answers(model, [prompt])[0] for prompt in PROMPTS]
 
 
 def test_prompts_that_were_learned_stand_before_a_whole_batch() -> None:

@@ -347,6 +347,11 @@ def test_a_checkpoint_that_is_named_is_whole_and_costs_no_finished_adapter(house
         train_in(tmp_path / "one", house, resume_from_checkpoint=checkpoint)
     train_in(tmp_path / "two", house, resume_from_checkpoint=checkpoint)
     assert (run_of(tmp_path / "two")["resumed_from"], run_of(tmp_path / "two")["steps"]) == (checkpoint, 6)
+    # As after a kill, when the folder holds checkpoints of its own; the same command goes on.
+    for name in ("run.json", "adapter_config.json"):
+        (tmp_path / "two" / name).unlink()
+    train_in(tmp_path / "two", house, resume_from_checkpoint=checkpoint)
+    assert run_of(tmp_path / "two")["steps"] == 6
     for name in ("nowhere", "one"):
         with pytest.raises(ValueError, match=f"--resume_from_checkpoint .*{name} is no whole checkpoint"):
             train_in(tmp_path / "three", house, resume_from_checkpoint=str(tmp_path / name))
@@ -416,8 +421,9 @@ def test_bad_sample_files_are_refused_before_the_model_is_loaded(
 def test_a_bad_setting_costs_no_finished_adapter_and_blocks_no_second_try(house: Path, tmp_path: Path) -> None:
     train_in(tmp_path, house, max_steps=1)
     before = weights(tmp_path)
-    with pytest.raises(ValueError, match="batch_size"):
-        train_in(tmp_path, house, per_device_train_batch_size=0, overwrite_output_dir=True)
+    for setting, value in {"per_device_train_batch_size": 0, "dataloader_num_workers": -1}.items():
+        with pytest.raises(ValueError, match=setting.removeprefix("per_device_train_").removeprefix("dataloader_")):
+            train_in(tmp_path, house, **{setting: value}, overwrite_output_dir=True)
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
     train_in(tmp_path, house, max_steps=2, overwrite_output_dir=True)
     assert run_of(tmp_path)["steps"] == 2

@@ -34,9 +34,15 @@ def left(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any]
     """Return what an earlier call wrote of a score that this call was not asked for, to stand in its table.
 
     Raises:
-        ValueError: Its settings are others than these, so that one table cannot have it beside the rest.
+        ValueError: Its settings are others than these, so that one table cannot have it beside the rest, or a file
+            of it is missing.
     """
     record = _read(folder, name)
+    if record is None and (folder / f"{name}.json").is_file():
+        raise ValueError(
+            f"{folder} holds {name}.json without its {CHANNELS}. Put the file back, add {name} to --scores to compute "
+            "it anew, or choose another --output_dir."
+        )
     if record is None:
         return None
     changed = [setting for setting, value in settings.items() if record["settings"].get(setting) != value]

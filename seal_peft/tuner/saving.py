@@ -55,7 +55,7 @@ def save_adapter(
 
     Raises:
         TypeError: The model is no `PeftModel`.
-        ValueError: The adapter has no scales at one of the sites, or these would replace an adapter of another method.
+        ValueError: The adapter has no scales at one of `sites`, or these would replace an adapter of another method.
         OSError: The files cannot be written. What was in the folder is unchanged.
 
     Example:
@@ -98,6 +98,7 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: d
     Raises:
         ValueError: The folder holds an adapter of another method.
     """
+    finish_save(folder)
     there = Path(folder) / CONFIG_NAME
     if there.is_file() and (kind := PeftConfig.from_json_file(str(there)).get("peft_type")) != config.peft_type:
         raise ValueError(f"{folder} holds an adapter of {kind}, which would be lost. Choose another folder.")
