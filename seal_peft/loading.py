@@ -69,7 +69,8 @@ def load_config(model_name_or_path: str) -> Any:
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
         if (Path(name) / CONFIG_NAME).is_file():
             raise ValueError(
-                f"{model_name_or_path!r} is an adapter, not a model. `seal-peft evaluate` takes it in --adapters."
+                f"{model_name_or_path!r} is an adapter, not a model. Give its base model here; `evaluate` takes "
+                "adapters in --adapters, other stages one in --adapter."
             )
         raise OSError(
             f"The folder {model_name_or_path!r} holds no model: there is no config.json in it. Give the folder of a "

@@ -61,7 +61,10 @@ def report(arguments: ReportArguments) -> Path:
     if arguments.metrics_file is not None:
         parts += _results(read_metrics(Path(arguments.metrics_file)), folder)
     if arguments.adapter is not None:
-        draw = partial(plot_scales, scales(arguments.adapter))
+        learned = scales(arguments.adapter)
+        if broken := [name for name, value in learned.items() if not value.isfinite().all()]:
+            raise ValueError(f"{arguments.adapter} holds NaN or infinite scales ({broken[0]}); do not use it.")
+        draw = partial(plot_scales, learned)
         parts += ["## Scales", *_picture(draw, folder / "scales.png", "Learned scales by layer and head")]
         parts.append(f"Of {arguments.adapter}. 1 is unchanged.")
     path = folder / "report.md"

@@ -135,6 +135,8 @@ class SealTrainingArguments(TrainingArguments):
                 "push_to_hub and hub_token are not used here. Log in with `hf auth login` or set HF_TOKEN, and run "
                 "`seal-peft push --adapter OUTPUT_DIR --repo_id OWNER/NAME` when the training is done."
             )
+        if self.max_steps == 0:
+            raise ValueError("max_steps=0 was given; use more than 0, or -1 for all epochs.")
         counted = () if self.max_steps > 0 else ("num_train_epochs",)
         for name in ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", *counted):
             if getattr(self, name) <= 0:

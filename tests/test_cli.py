@@ -155,6 +155,7 @@ def test_a_bad_file_is_wrong_usage(
         (["train"], "the following arguments are required: --model_name_or_path/"),
         (["train", *TRAIN, "--dtype", "int8"], "invalid choice: 'int8'"),
         (["train", *TRAIN, "--num_train_epochs", "0"], "num_train_epochs=0.0 was given; use more than 0."),
+        (["train", *TRAIN, "--max_steps", "0"], "max_steps=0 was given; use more than 0, or -1 for all epochs."),
         (["train", *TRAIN, "--gradient_accumulation_steps", "0"], "gradient_accumulation_steps=0 was given; use more"),
         (["make-data", "--split", "dev"], "invalid choice: 'dev'"),
         (["make-data", "--task", "chess"], "argument --task: invalid choice: 'chess'"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import models
 from seal_peft import cli, scales
@@ -279,3 +280,13 @@ def test_nothing_to_report_is_an_error_that_names_the_flags(
 ) -> None:
     assert seal("report", "--output_dir", tmp_path / "out") == 1
     assert "give --metrics_file, --adapter or both" in error_of(capsys)
+
+
+def test_scales_that_are_not_finite_are_not_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = save_adapter(tmp_path / "adapter") / "adapter_model.safetensors"
+    tensors = load_file(file)
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    save_file(tensors, file, {"format": "pt"})
+    assert seal("report", "--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "out") == 1
+    assert "holds NaN or infinite scales (model.layers.0.self_attn.o_proj); do not use it" in error_of(capsys)
+    assert not (tmp_path / "out").exists()

@@ -149,7 +149,10 @@ _FIELD_CHECKS: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None or (isinstance(v, int | float) and not isinstance(v, bool) and 0 <= v <= 1),
         "a number from 0 to 1, or null",
     ),
-    "messages": (_are_messages, "a list of {role, content} turns that ends with a user turn"),
+    "messages": (
+        _are_messages,
+        "a list of {role, content} turns by system, user and assistant, with a user's before the answer",
+    ),
     "target": (lambda v: isinstance(v, str) and v != "", "a text that is not empty"),
     "answers": (
         lambda v: isinstance(v, list) and bool(v) and all(isinstance(answer, str) for answer in v),
