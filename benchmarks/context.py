@@ -126,11 +126,8 @@ def ask(arguments: argparse.Namespace, task: str, folder: Path) -> None:
     record = folder / "answers.json"
     answered: dict[str, Any] = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     tokenizer, rule, started = load_tokenizer(arguments.model), get_task(task), time.monotonic()
-    # Batches are those of all samples, so that a run that goes on pads as one that was never interrupted. In a batch
-    # dynamic RoPE would turn all rows by the frequencies of the longest, and need the mask of a padded batch.
-    batches = batches_of(prompts, rule.max_new_tokens, arguments.batch_tokens)
-    if SYSTEMS[folder.name][0] == "dynamic":
-        batches = [[index] for index in range(len(prompts))]
+    # Batches are those of all samples, so that a run that goes on pads as one that was never interrupted.
+    batches = asked_together(folder.name, prompts, rule.max_new_tokens, arguments.batch_tokens)
     todo = [batch for batch in batches if not {samples[i].id for i in batch} <= answered.keys()]
     if todo:
         model = load_adapter(load_model(arguments.model), str(folder / "adapter"))
@@ -143,6 +140,13 @@ def ask(arguments: argparse.Namespace, task: str, folder: Path) -> None:
         unload_adapter(model)
     took = {"seconds": time.monotonic() - started, "rows": sum(map(len, todo))}
     write_json(folder / "asked.json", {**took, "batch_tokens": arguments.batch_tokens, **provenance()})
+
+
+def asked_together(system: str, prompts: list[list[int]], limit: int, tokens: int) -> list[list[int]]:
+    """Indices of the prompts of each batch: one under dynamic RoPE, which turns all as it turns the longest."""
+    if SYSTEMS[system][0] == "dynamic":
+        return [[index] for index in range(len(prompts))]
+    return batches_of(prompts, limit, tokens)
 
 
 # -- all of them ------------------------------------------------------------------------------------------------------

@@ -19,9 +19,9 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from .context.rope import depends_on_length
 
-# Methods that change modules and nothing else. Others may look at a whole prompt, or at the cache.
+# Methods known to change modules and nothing else. Others may look at a whole prompt, or at the cache.
 _METHODS = {"SEAL", "LORA", "IA3", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VERA"}
-# Of one token each, or without any, as where a layer shares those of another (transformers 5.10 has no such kind).
+# Of keys and values of each token, or of none, where a layer shares another's (transformers 5.10 has no such kind).
 _LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer)}
 # They hold a state of the text in their modules, which transformers 5.10 does not say.
 _STATEFUL = {"recurrent_gemma", "glm_moe_dsa"}

@@ -62,7 +62,7 @@ def find_checkpoint(
     """
     if given is not None and not _is_whole(Path(given)):
         raise ValueError(
-            f"--resume_from_checkpoint {given} is no whole checkpoint: it has no {TRAINER_STATE_NAME}. "
+            f"--resume_from_checkpoint {given} is no whole checkpoint: it has no whole {TRAINER_STATE_NAME}. "
             "Give one, or leave the flag out: a training goes on from the last checkpoint in its --output_dir."
         )
     record = output_dir / UNFINISHED

@@ -177,6 +177,11 @@ _GEMMA4: dict[str, Any] = {
 }
 
 
+def gemma4_text(**kwargs: Any) -> nn.Module:
+    """Build a tiny text-only Gemma 4 with one sliding and one full layer."""
+    return causal(tf.Gemma4TextConfig, **{**_GEMMA4, **kwargs})
+
+
 def _gemma4() -> nn.Module:
     # Its vision tower names its projections as the language part does: only the part tells them apart.
     config = tf.Gemma4Config(
@@ -249,7 +254,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 if hasattr(tf, "Gemma4Config"):  # younger than the oldest transformers that we support
     ARCHITECTURES |= {
         "gemma4_text": Architecture(
-            lambda: causal(tf.Gemma4TextConfig, **_GEMMA4),
+            gemma4_text,
             {_USUAL.format(0): (HEADS, HEAD_DIM), _USUAL.format(1): (HEADS, 20)},
         ),
         "gemma4": Architecture(

@@ -50,6 +50,16 @@ def test_every_part_of_the_benchmark_of_heads_writes_what_it_found(tmp_path: Pat
         assert {name for row in rows for name in row} == {name for row in measured[part] for name in row}
 
 
+def test_prompts_are_asked_together_as_far_as_tokens_and_rope_allow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(SCRIPTS)
+    together = runpy.run_path(str(SCRIPTS / "context.py"))["asked_together"]
+    prompts = [[0] * length for length in (400, 900, 300)]
+    assert together("ntk", prompts, 10, 1800) == [[1], [0, 2]]
+    assert together("ntk", prompts, 10, 5000) == [[1, 0, 2]]
+    for system in ("dynamic", "dynamic+seal-c"):
+        assert sorted(together(system, prompts, 10, 5000)) == [[0], [1], [2]]
+
+
 def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

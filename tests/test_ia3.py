@@ -81,9 +81,9 @@ def test_a_folder_with_an_adapter_of_another_method_is_not_written_over(tmp_path
     export_ia3(tmp_path / "seal", tmp_path / "ia3")
     files = [tmp_path / name / "adapter_model.safetensors" for name in ("seal", "ia3")]
     before = [file.read_bytes() for file in files]
-    with pytest.raises(ValueError, match="holds an adapter of SEAL, which would be lost"):
+    with pytest.raises(ValueError, match="holds an adapter of the method SEAL, which would be lost"):
         export_ia3(tmp_path / "seal", tmp_path / "seal")
-    with pytest.raises(ValueError, match="holds an adapter of IA3, which would be lost"):
+    with pytest.raises(ValueError, match="holds an adapter of the method IA3, which would be lost"):
         import_ia3(tmp_path / "ia3", tmp_path / "ia3", base_model=base_model("llama"))
     assert [file.read_bytes() for file in files] == before
 

@@ -118,9 +118,9 @@ def test_what_keys_and_values_do_not_say_all_about_is_read_as_a_batch(build: Any
 @pytest.mark.skipif(not hasattr(tf, "Gemma4TextConfig"), reason="younger than the oldest transformers")
 def test_layers_that_share_keys_and_values_of_others_are_no_hindrance() -> None:
     kinds = ["sliding_attention", "full_attention"] * 2
-    shared = {"num_kv_shared_layers": 2, "hidden_size_per_layer_input": 8}
-    settings = {**models._GEMMA4, **shared, "num_hidden_layers": 4, "layer_types": kinds}
-    model = models.causal(tf.Gemma4TextConfig, **settings)
+    model = models.gemma4_text(
+        num_hidden_layers=4, layer_types=kinds, num_kv_shared_layers=2, hidden_size_per_layer_input=8
+    )
     assert can_prefill_one_by_one(model)
     assert answers(model, PROMPTS) == [answers(model, [prompt])[0] for prompt in PROMPTS]
 

@@ -421,9 +421,10 @@ def test_bad_sample_files_are_refused_before_the_model_is_loaded(
 def test_a_bad_setting_costs_no_finished_adapter_and_blocks_no_second_try(house: Path, tmp_path: Path) -> None:
     train_in(tmp_path, house, max_steps=1)
     before = weights(tmp_path)
-    for setting, value in {"per_device_train_batch_size": 0, "dataloader_num_workers": -1}.items():
-        with pytest.raises(ValueError, match=setting.removeprefix("per_device_train_").removeprefix("dataloader_")):
-            train_in(tmp_path, house, **{setting: value}, overwrite_output_dir=True)
+    with pytest.raises(ValueError, match="batch_size"):
+        train_in(tmp_path, house, per_device_train_batch_size=0, overwrite_output_dir=True)
+    with pytest.raises(ValueError, match="num_workers"):
+        train_in(tmp_path, house, dataloader_num_workers=-1, overwrite_output_dir=True)
     assert all(torch.equal(value, before[name]) for name, value in weights(tmp_path).items())
     train_in(tmp_path, house, max_steps=2, overwrite_output_dir=True)
     assert run_of(tmp_path)["steps"] == 2

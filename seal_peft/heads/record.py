@@ -30,7 +30,7 @@ def finished(folder: Path, name: str, key: str) -> dict[str, Any] | None:
     return record if record and record["fingerprint"] == key else None
 
 
-def left(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
+def earlier(folder: Path, name: str, settings: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return what an earlier call wrote of a score that this call was not asked for, to stand in its table.
 
     Raises:

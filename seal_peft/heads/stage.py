@@ -46,7 +46,7 @@ from .maps import as_tensor, scale_columns
 from .pictures import draw_quadrants
 from .pruning import BATCH_TOKENS, Ablation
 from .quadrants import parse_factors, quadrant_scales, quadrants, save_head_scales
-from .record import finished, left, write_comparison, write_score
+from .record import earlier, finished, write_comparison, write_score
 from .retrieval import check_needles
 from .scores import Score, add_direct_effect, score_direct_effect, score_gradient, score_pruning, score_retrieval
 from .show import show
@@ -139,7 +139,7 @@ def heads(arguments: HeadsArguments) -> str:
     _check_model(arguments, config, longest=max(len(row.input_ids) for row in encoded))
 
     folder = Path(arguments.output_dir)
-    others = [left(folder, name, _settings(arguments, name)) for name in SCORES if name not in arguments.scores]
+    others = [earlier(folder, name, _settings(arguments, name)) for name in SCORES if name not in arguments.scores]
     model = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     if arguments.adapter:
         model = load_adapter(model, arguments.adapter)

@@ -70,8 +70,8 @@ def check_chosen(config: SealConfig, found: Mapping[str, int], all_found: Callab
     if missing:
         raise ValueError(
             f"target_heads names heads that the model does not have, or that other settings leave out: "
-            f"{', '.join(missing)}. Heads to choose from: {_told(all_found())}. They are named L14H7: layer 14, head "
-            "7, both from 0."
+            f"{', '.join(missing)}. Heads to choose from: {_describe(all_found())}. They are named L14H7: layer 14, "
+            "head 7, both from 0."
         )
 
 
@@ -99,7 +99,7 @@ def only_chosen(config: SealConfig, name: str, offset: Tensor) -> Tensor:
     return kept
 
 
-def _told(found: Mapping[str, int]) -> str:
+def _describe(found: Mapping[str, int]) -> str:
     """Say which layers have which heads: `L0 to L5, L7 with H0 to H3; L6 with H0 to H7`."""
     layers: dict[int, set[int]] = {}
     for name, heads in found.items():

@@ -101,7 +101,9 @@ def write_adapter(folder: str | os.PathLike[str], config: PeftConfig, weights: d
     finish_save(folder)
     there = Path(folder) / CONFIG_NAME
     if there.is_file() and (kind := PeftConfig.from_json_file(str(there)).get("peft_type")) != config.peft_type:
-        raise ValueError(f"{folder} holds an adapter of {kind}, which would be lost. Choose another folder.")
+        raise ValueError(
+            f"{folder} holds an adapter of the method {kind}, which would be lost. Choose another folder."
+        )
     with _replacing(Path(folder)) as new:
         if config.peft_type == "SEAL":
             weights = add_settings(weights, cast("SealConfig", config))
