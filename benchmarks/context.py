@@ -1,7 +1,8 @@
 """SEAL on top of context extension, in the shape of the paper's table 2: SmolLM2 (8K native) from 4K to 32K tokens.
 
 Every extension answers alone, under SEAL-C, and under SEAL-C with temperatures; all are trained on the same samples,
-of mixed lengths up to 31K. Three steps, each of which goes on where it was interrupted; without one, all of them:
+of mixed lengths up to 31K, at the learning rate that was best for one of them. Three steps, each of which goes on
+where it was interrupted; without one, all of them:
 
     python benchmarks/context.py data  --folder runs/context            # CPU; needs the tokenizer and the essays only
     python benchmarks/context.py run   --folder runs/context --workers 8
@@ -25,6 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache, partial
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from context_systems import EXTENSIONS, METHODS, SYSTEMS, adapter_is_there, by_cost, is_trained
@@ -43,6 +45,8 @@ from seal_peft.tokens import encode_prompt
 from seal_peft.train import SealTrainingArguments, TrainArguments, train
 
 TASKS = ("lines", "needle")
+# What the learning rate of all is searched with.
+SEARCHED_TASK, SEARCHED = "lines", "ntk+seal-c+temperature"
 # Longer training texts are fewer, so that no length has more tokens than this one.
 FULL_LENGTH = 12_288
 # Keys and values of so many tokens of SmolLM2 take 4.6 GB.
@@ -85,11 +89,17 @@ def _samples(model: str, task: str, split: str, length: int, num_samples: int, q
 
 def make_adapter(arguments: argparse.Namespace, task: str, system: str, folder: Path) -> None:
     """Train a system's scales, or save the extension alone."""
-    extension, method = SYSTEMS[system]
-    if not is_trained(system):
-        config = SealConfig(sites=(), task_type="CAUSAL_LM", **EXTENSIONS[extension])
-        get_peft_model(load_model(arguments.model), config).save_pretrained(str(folder))
+    if is_trained(system):
+        train_scales(arguments, task, system, folder, best_rate(arguments))
         return
+    extension, _ = SYSTEMS[system]
+    config = SealConfig(sites=(), task_type="CAUSAL_LM", **EXTENSIONS[extension])
+    get_peft_model(load_model(arguments.model), config).save_pretrained(str(folder))
+
+
+def train_scales(arguments: argparse.Namespace, task: str, system: str, folder: Path, rate: float) -> None:
+    """Train a system's scales; with the same settings, go on where that was interrupted."""
+    extension, method = SYSTEMS[system]
     asked = {name: json.dumps(value) for name, value in EXTENSIONS[extension].items()}
     train(
         TrainArguments(
@@ -101,7 +111,7 @@ def make_adapter(arguments: argparse.Namespace, task: str, system: str, folder: 
         SealTrainingArguments(
             output_dir=str(folder),
             num_train_epochs=1,
-            learning_rate=arguments.learning_rate,
+            learning_rate=rate,
             lr_scheduler_type="cosine",
             warmup_steps=2,
             gradient_accumulation_steps=arguments.accumulate,
@@ -149,6 +159,33 @@ def asked_together(system: str, prompts: list[list[int]], limit: int, tokens: in
     return batches_of(prompts, limit, tokens)
 
 
+# -- the learning rate of all -----------------------------------------------------------------------------------------
+
+
+def searches(arguments: argparse.Namespace) -> dict[Path, Callable[[], object]]:
+    """Trainings of one system with every rate, by the file that is written last."""
+    jobs: dict[Path, Callable[[], object]] = {}
+    for rate in arguments.rates if len(arguments.rates) > 1 else ():
+        folder = arguments.folder / "search" / f"{rate:g}"
+        jobs[folder / "run.json"] = partial(train_scales, arguments, SEARCHED_TASK, SEARCHED, folder, rate)
+    return jobs
+
+
+def late_losses(arguments: argparse.Namespace) -> dict[float, float]:
+    """Mean loss over the last quarter of the search's trainings, by their rate: no context is seen twice in them."""
+    losses = {}
+    for path in searches(arguments):
+        curve = json.loads(path.read_text(encoding="utf-8"))["loss_curve"]
+        losses[float(path.parent.name)] = mean(entry["loss"] for entry in curve[-math.ceil(len(curve) / 4) :])
+    return losses
+
+
+def best_rate(arguments: argparse.Namespace) -> float:
+    """The rate whose training ended with the lowest loss; a single one needs no search."""
+    losses = late_losses(arguments)
+    return min(losses, key=losses.__getitem__, default=arguments.rates[0])
+
+
 # -- all of them ------------------------------------------------------------------------------------------------------
 
 
@@ -180,8 +217,11 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def work(arguments: argparse.Namespace) -> None:
-    """Do a share of the tasks and systems."""
-    do_jobs(jobs_of(arguments), arguments.until)
+    """Do a share of the tasks and systems; those without scales while the learning rate is searched."""
+    jobs = jobs_of(arguments)
+    untrained = {path: do for path, do in jobs.items() if not is_trained(path.parent.name)}
+    if do_jobs({**searches(arguments), **untrained}, arguments.until):
+        do_jobs(jobs, arguments.until)
 
 
 def main() -> None:
@@ -195,11 +235,11 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 24576, 32768])
     parser.add_argument("--num_samples", type=int, default=50, help="test samples per length")
     parser.add_argument(
-        "--train_lengths", type=int, nargs="+", default=[1024, 2048, 4096, 8192, 12288, 16384, 24576, 31744]
+        "--train_lengths", type=int, nargs="+", default=[1536, 2048, 4096, 8192, 12288, 16384, 24576, 31744]
     )
     parser.add_argument("--contexts", type=int, default=32, help="training contexts of each length; fewer beyond 12K")
-    parser.add_argument("--questions", type=int, default=8, help="questions per training context")
-    parser.add_argument("--learning_rate", type=float, default=2e-2)
+    parser.add_argument("--questions", type=int, default=16, help="questions per training context")
+    parser.add_argument("--rates", type=float, nargs="+", default=[2e-2, 4e-2, 8e-2], help=f"searched with {SEARCHED}")
     parser.add_argument("--accumulate", type=int, default=1, help="contexts per optimiser step")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes of `run`, over all GPUs")
@@ -209,7 +249,7 @@ def main() -> None:
     parser.add_argument("--output", default="results/context-smollm2.json")
     parser.add_argument("--picture", type=Path, help="default: beside the output")
     arguments = parser.parse_args()
-    steps = {"data": make_data, "run": run, "work": work, "merge": merge}
+    steps = {"data": make_data, "run": run, "work": work, "merge": lambda own: merge(own, late_losses(own))}
     for step in [arguments.step] if arguments.step else ("data", "run", "merge"):
         steps[step](arguments)
 

@@ -20,10 +20,11 @@ from seal_peft.statistics import summarise
 from seal_peft.tasks import SPLITS
 
 
-def merge(arguments: argparse.Namespace) -> None:
-    """Put all answers together: results, table, picture."""
+def merge(arguments: argparse.Namespace, search: dict[float, float]) -> None:
+    """Put all answers together: results, table, picture; and with them what the search for a rate found."""
     results: dict[str, Any] = {"model": arguments.model, "extensions": EXTENSIONS}
     results["seeds"] = {"training": "beside each", "samples": 0}
+    results |= {"search": {f"{rate:g}": loss for rate, loss in search.items()}}
     results |= {"samples": {}, "training": {}, "tasks": {}}
     sources = []
     for task in arguments.tasks:
