@@ -1,5 +1,7 @@
 """Advice on context extension: every setting that is given reaches the length, and the model takes it."""
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ def test_whatever_is_advised_reaches_and_can_be_trained_under(length):
     for method, advice in by_method(models.llama().config, length).items():
         assert advice.reach >= length
         model = get_peft_model(models.llama(), SealConfig(**advice.settings))
-        if method in ("linear", "ntk", "yarn"):
+        if method in ("linear", "yarn"):
             now = read_rope(model)
             factor = now["factor"] if method == "linear" else 1  # which is not in the maximum
             assert int(factor * now["max_position_embeddings"]) == advice.reach
@@ -34,6 +36,23 @@ def test_whatever_is_advised_reaches_and_can_be_trained_under(length):
             assert advice.reach == (128 - window) * group_size + window
             assert window + (length - window) / group_size < 2 / 3 * 128
             assert window + (length - window) / (group_size - 1) >= 2 / 3 * 128 if group_size > 1 else True
+
+
+@settings(max_examples=8, deadline=None)
+@given(length=st.integers(129, 5000))
+def test_under_the_advised_base_no_channel_turns_to_an_angle_that_the_model_has_not_seen(length):
+    config = models.llama().config
+    channels = config.head_dim
+
+    def new_angles(factor, rounding=0.0):
+        base = [config.rope_parameters["rope_theta"] ** (-i / channels) for i in range(0, channels, 2)]
+        raised = config.rope_parameters["rope_theta"] * factor ** (channels / (channels - 2))
+        turned = [length * raised ** (-i / channels) for i in range(0, channels, 2)]
+        return any(128 * a < 2 * math.pi and b > 128 * a * (1 + rounding) for a, b in zip(base, turned, strict=True))
+
+    factor = by_method(config, length)["ntk"].settings["rope_parameters"]["factor"]
+    assert not new_angles(factor, rounding=1e-4)
+    assert new_angles(factor - 0.25) or (factor - 0.25) * 128 < length
 
 
 def test_a_length_that_the_model_reaches_needs_nothing():
@@ -45,7 +64,7 @@ def test_a_model_that_is_extended_already_is_extended_from_where_it_is():
     config = models.llama(max_position_embeddings=512, rope_parameters=YARN).config
     found = by_method(config, 1024)
     assert found["yarn"].settings == {"rope_parameters": {"rope_type": "yarn", "factor": 8.0}}
-    assert found["ntk"].settings == {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}
+    assert found["ntk"].settings["rope_parameters"]["factor"] > 2  # twice the window, of which it reaches less
     config = models.llama(max_position_embeddings=256, rope_parameters=LINEAR).config
     assert by_method(config, 512).keys() == {"none"}
     assert by_method(config, 1024)["linear"].settings["rope_parameters"]["factor"] == 4.0
@@ -71,7 +90,7 @@ def test_the_stage_prints_a_table_from_the_config_alone(tmp_path, capsys):
     folder = save_model(tmp_path / "model", weights=False, max_position_embeddings=128)
     assert seal("advise", "--model_name_or_path", str(folder), "--length", "1000") == 0
     out = capsys.readouterr().out
-    assert "| yarn | 1,000 | rope_parameters={'rope_type': 'yarn', 'factor': 7.82} |" in out
+    assert "| yarn | 1,024 | rope_parameters={'rope_type': 'yarn', 'factor': 8.0} |" in out
     assert "self_extend={'group_size':" in out
     assert {line.count("|") for line in out.strip().splitlines()} == {5}
     assert seal("advise", "--model_name_or_path", str(folder), "--length", "0") == 1

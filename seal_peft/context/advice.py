@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.utils import logging
 
 from .probe import rotary_layers
-from .rope import apply_rope, reach_of, read_rope, resolve_rope
+from .rope import apply_rope, reach_of, read_rope, resolve_rope, rotary_modules, text_config
 from .self_extend import extended_window
 
 # The authors' rule: the positions in use should stay within this share of those that the model was trained on.
@@ -19,10 +22,13 @@ _SHARES = 2 / 3, 1 / 2
 # Of the native length; the authors' windows for Llama-2 are an eighth to three eighths of it.
 _WINDOW_SHARE = 1 / 8
 
+# Factors are whole quarters, so that windows stay whole numbers, up to this; angles may be off by float32's rounding.
+_LARGEST, _ROUNDING = 400_000, 1 + 1e-5
+
 _NOTES = {
     "linear": "squeezes all positions, also of short texts; few models bear it untrained",
     "dynamic": "exact up to the native length; keys in a cache keep the frequencies of their time",
-    "ntk": "raises the base of the rotation once; every engine serves it as rope_theta",
+    "ntk": "raises the base of the rotation once, which engines serve as rope_theta; reaches less than its window",
     "yarn": "leaves fast frequencies alone; the usual choice, and engines serve it",
 }
 
@@ -47,7 +53,10 @@ class Advice:
 def advise(config: PreTrainedConfig, length: int) -> list[Advice]:
     """Say which settings let a model read a length.
 
-    Factors are the smallest that reach, rounded up to two digits. For Self-Extend the window `W` is an eighth of the
+    Factors are the smallest that reach, rounded up to quarters. A RoPE reaches a length within which no rotated pair
+    of channels turns to an angle that the model has not seen; pairs that made a full turn within the native length
+    have seen all. The static NTK-aware base needs a factor above the ratio of the lengths for that: it slows down the
+    slowest pair by its factor, and those before it by less. For Self-Extend the window `W` is an eighth of the
     length `L` that the model reads already, and the group `G` is the smallest that keeps the authors' rule with 2/3:
     `2/3 L > W + (length - W) / G`. The note names the group that keeps it with 1/2.
 
@@ -79,20 +88,50 @@ def advise(config: PreTrainedConfig, length: int) -> list[Advice]:
     window = reach_of(own)
     if length <= window:
         return [Advice("none", {}, window, "the model's own positions reach")]
-    return [*(_rope(model, kind, length, window) for kind in _NOTES), _self_extend(model, length, window)]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what transformers thinks of factors that are only tried is nobody's concern
+    try:
+        return [*(_rope(model, kind, length, window) for kind in _NOTES), _self_extend(model, length, window)]
+    finally:
+        logging.set_verbosity(verbosity)
 
 
 def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
+    def holds(quarters: int, tokens: int) -> bool:
+        applied = apply_rope(model, {"rope_type": kind, "factor": quarters / 4})
+        try:
+            longest, turned = reach_of(read_rope(model) or {}), tokens * _frequencies(model, tokens)
+        finally:
+            applied.restore()
+        return tokens <= longest and bool(((seen >= 2 * math.pi) | (turned <= seen * _ROUNDING)).all())
+
     try:
         # What a factor multiplies: of a model that is extended already, not always its window.
-        asked = {"rope_type": kind, "factor": 1000.0}
-        unit = reach_of(resolve_rope(model, asked)) // 1000
-        factor = math.ceil(100 * length / unit) / 100
-        request = {"rope_type": kind, "factor": factor}
-        apply_rope(model, request).restore()
+        unit = reach_of(resolve_rope(model, {"rope_type": kind, "factor": 1000.0})) // 1000
+        least = math.ceil(4 * length / unit)
+        apply_rope(model, {"rope_type": kind, "factor": least / 4}).restore()
+        seen = window * _frequencies(model, window)
+        quarters = bisect_left(range(_LARGEST), True, lo=least, key=lambda value: holds(value, length))
     except ValueError as error:
         return Advice(kind, None, 0, str(error))
-    return Advice(kind, {"rope_parameters": request}, int(factor * unit), _NOTES[kind])
+    if quarters == _LARGEST:
+        return Advice(kind, None, 0, f"no factor below {_LARGEST // 4:,} reaches")
+    longest = int(quarters * unit / 4)
+    settings = {"rope_parameters": {"rope_type": kind, "factor": quarters / 4}}
+    return Advice(kind, settings, longest if holds(quarters, longest) else length, _NOTES[kind])
+
+
+def _frequencies(model: nn.Module, length: int) -> torch.Tensor:
+    """Radians a token of every rotated pair of channels in full attention, as they are in a text of such a length."""
+    config = text_config(model)
+    assert config is not None
+    with torch.device("cpu"):  # the model has none, being on the meta device
+        rotary: Any = type(rotary_modules(model, config)[0])(config)
+    layer = "full_attention" if isinstance(rotary.rope_type, dict) else None
+    kind = str(rotary.rope_type[layer] if layer else rotary.rope_type)
+    if kind in ROPE_INIT_FUNCTIONS:
+        return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length, layer_type=layer)[0]
+    return getattr(rotary, f"{layer}_inv_freq" if layer else "inv_freq")
 
 
 def _self_extend(model: nn.Module, length: int, window: int) -> Advice:
