@@ -84,9 +84,7 @@ def table(summary: dict[str, Any], systems: list[str]) -> str:
 def picture(tasks: dict[str, Any], systems: list[str], path: Path) -> None:
     """Score against length: a colour for each extension, a dash for each method."""
     figure = Figure(figsize=(5.5 * len(tasks), 4.2), layout="constrained")
-    colours = dict(
-        zip(EXTENSIONS, ("0.5", "tab:orange", "tab:green", "tab:blue", "tab:red", "tab:purple"), strict=True)
-    )
+    colours = {name: f"C{number}" for number, name in enumerate(EXTENSIONS)}
     styles = dict(zip(METHODS, (":", "--", "-"), strict=True))
     panels = figure.subplots(1, len(tasks), squeeze=False, sharey=True)[0]
     for panel, (task, summary) in zip(panels, tasks.items(), strict=True):

@@ -159,5 +159,11 @@ def source_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
         records: What the jobs wrote, each with its own provenance.
     """
     records = list(records)
-    found = {name: sorted({str(record[name]) for record in records}) for name in ("device", "commit")}
-    return {**provenance(), **{name: ", ".join(values) for name, values in found.items()}}
+
+    def found(values: Iterable[Any]) -> Any:
+        kinds = list(dict.fromkeys(values))
+        return kinds[0] if len(kinds) == 1 else ", ".join(sorted(map(str, kinds)))
+
+    versions = {name: found(own["versions"][name] for own in records) for name in records[0]["versions"]}
+    sources = {name: found(own[name] for own in records) for name in ("device", "commit")}
+    return {**provenance(), **sources, "versions": versions}

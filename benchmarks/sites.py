@@ -124,7 +124,7 @@ class Bench:
         setting = self.setting
         numbers = {
             f"train-{seed}": (setting.train_lengths, setting.contexts, setting.questions, seed)
-            for seed in range(self.options.seeds)
+            for seed in self.options.seeds
         }
         numbers["valid"] = (setting.train_lengths, max(2, setting.contexts // 25), 1, SEEDS["validation samples"])
         numbers["test"] = (setting.test_lengths, self.options.num_samples, 1, SEEDS["test samples"])
@@ -237,7 +237,7 @@ class Bench:
 
     def finals(self) -> list[tuple[str, float, int]]:
         """Jobs that train and test with the rate that was found, and the base model."""
-        seeds = range(self.options.seeds)
+        seeds = self.options.seeds
         return [*((s, self.best(s), seed) for seed in seeds for s in self.setting.systems), ("base", 0.0, 0)]
 
     def work(self) -> bool:
@@ -304,7 +304,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/sites.json"))
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-2, 2e-2, 4e-2, 8e-2])
     parser.add_argument("--rates_of", choices=SETTINGS, help="take each system's rate from this setting's search")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--num_samples", type=int, default=100, help="test samples of each length")
     parser.add_argument("--batch_tokens", type=int, default=200_000, help="tokens that are answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")

@@ -83,12 +83,24 @@ def test_a_call_that_is_told_to_end_takes_its_workers_along(tmp_path: Path, jobs
         os.waitpid(-1, os.WNOHANG)
 
 
+def test_results_name_the_devices_commits_and_versions_of_the_jobs_not_of_the_call_that_brings_them_together(
+    jobs,
+) -> None:
+    here = {"device": "H100", "commit": "b", "versions": {"torch": "2.11.0", "seal-peft": None}}
+    there = {"device": "H200", "commit": "b", "versions": {"torch": "2.10.0", "seal-peft": None}}
+    source = jobs.source_of([there, here, here])
+    assert (source["device"], source["commit"]) == ("H100, H200", "b")
+    assert source["versions"] == {"torch": "2.10.0, 2.11.0", "seal-peft": None}
+
+
 def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     sites = runpy.run_path(str(SCRIPTS / "sites.py"))
-    small = replace(sites["SETTINGS"]["tiny"], systems=("query", sites["GROWING"]), train_lengths=(384,), contexts=1)
+    small = replace(
+        sites["SETTINGS"]["tiny"], systems=("output-head+query", sites["GROWING"]), train_lengths=(384,), contexts=1
+    )
     monkeypatch.setitem(sites["SETTINGS"], "tiny", small)
-    words = f"--model {save_model(tmp_path / 'model')} --work {tmp_path / 'work'} --settings tiny --seeds 1"
+    words = f"--model {save_model(tmp_path / 'model')} --work {tmp_path / 'work'} --settings tiny --seeds 0"
     words += f" --num_samples 1 --rates 0.1 --output {tmp_path / 'out.json'}"
     # As a worker does them; then the call that brings them together, whose workers would find nothing to do.
     monkeypatch.setitem(sites["run"].__globals__, "spread", lambda words, workers: None)
@@ -96,11 +108,11 @@ def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: py
         monkeypatch.setattr(sys, "argv", ["sites.py", verb, *shlex.split(words)])
         sites["main"]()
     result = json.loads((tmp_path / "out.json").read_text())
-    assert list(result["tiny"]["systems"]) == ["query", sites["GROWING"], "base"]
-    assert result["device"] == result["tiny"]["systems"]["query"]["runs"][0]["device"]
+    assert list(result["tiny"]["systems"]) == ["output-head+query", sites["GROWING"], "base"]
+    assert result["device"] == result["tiny"]["systems"]["output-head+query"]["runs"][0]["device"]
     for name in ("long", "beyond", "ntk"):
-        (table,) = filled(f"results/sites-{name}.json", {**result, name: result["tiny"]})
-        assert "| query | 8 | 0.1 | 0.00 (0.00 to 0.79) |" in table
+        table, *_ = filled(f"results/sites-{name}.json", {**result, name: result["tiny"]})
+        assert "| output-head+query | 16 | 0.1 | 0.00 (0.00 to 0.79) |" in table
     base = tmp_path / "work" / "tiny" / "base-0-0" / "scores.json"
     base.unlink()
     with pytest.raises(SystemExit, match="tiny: jobs are left; call this again to go on"):
