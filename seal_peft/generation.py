@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from .prefill import can_prefill_one_by_one, prefill_one_by_one
+from .prefill import can_prefill_apart, groups_of, prefill
 
 
 def make_batches(prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -49,8 +49,8 @@ def generate_answers(
 ) -> list[str]:
     """Return the greedy answers to one batch of prompts, without special tokens.
 
-    An answer ends at an end-of-text token of the model or its tokenizer, or at one of `ends`. Prompts are read one
-    by one, where the model allows it, and answered together.
+    An answer ends at an end-of-text token of the model or its tokenizer, or at one of `ends`. Prompts are read apart,
+    where the model allows it, and answered together.
 
     Args:
         model: A causal language model, on its device and in inference mode.
@@ -70,11 +70,11 @@ def generate_answers(
     ids = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
     mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     with torch.inference_mode(), _plain_settings(model):
-        alone = len(prompts) > 1 and can_prefill_one_by_one(model)
+        apart = len(prompts) > 1 and can_prefill_apart(model)
         output = model.generate(
             input_ids=torch.tensor(ids, device=model.device),
             attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=prefill_one_by_one(model, prompts) if alone else None,
+            past_key_values=prefill(model, prompts, groups_of(prompts, model.device)) if apart else None,
             generation_config=settings,
         )
     return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)

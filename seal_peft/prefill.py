@@ -1,8 +1,8 @@
-"""Prompts of different lengths, read one by one: the cache is the one of a padded batch, the mask is not needed.
+"""Prompts of different lengths, read apart: the cache is the one of a padded batch, the mask is not needed.
 
 A padded batch needs a mask of all tokens times all tokens, at 32K tokens a gigabyte for each prompt, and loses the
 flash kernels to it. A step of decoding needs one row of it, so only those steps are a batch's. So the most memory that
-answers take is the cache of a batch and the reading of one prompt.
+answers take is the cache of a batch and the reading of one prompt, or of a few short ones.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ _METHODS = {"SEAL", "LORA", "IA3", "ADALORA", "LOHA", "LOKR", "OFT", "BOFT", "VE
 _LAYERS = {DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", DynamicLayer)}
 # They hold a state of the text in their modules, which transformers 5.10 does not say.
 _STATEFUL = {"recurrent_gemma", "glm_moe_dsa"}
+# Tokens that a GPU reads together: their mask is small, and one text of so many takes as much memory.
+_TOGETHER = 8192
 
 
-def can_prefill_one_by_one(model: Any) -> bool:
+def can_prefill_apart(model: Any) -> bool:
     """Tell whether all that a model remembers of a text are keys and values of its tokens, whatever is beside them.
 
     It is not where there is a recurrent state or an encoder, nor for RoPE whose frequencies depend on the length: in a
@@ -53,12 +55,33 @@ def can_prefill_one_by_one(model: Any) -> bool:
     return {type(layer) for layer in DynamicCache(config=config).layers} <= _LAYERS
 
 
-def prefill_one_by_one(model: Any, prompts: Sequence[list[int]]) -> DynamicCache:
+def groups_of(prompts: Sequence[list[int]], device: torch.device) -> list[list[int]]:
+    """Say which prompts of a batch are read together: on a GPU short ones are, so that it does not wait for the CPU.
+
+    Args:
+        prompts: Token ids of each prompt.
+        device: Where they are read.
+
+    Returns:
+        Indices of the prompts of each group; those of one token are in none, they have nothing to read ahead.
+    """
+    groups: list[list[int]] = []
+    rows = [row for row, prompt in enumerate(prompts) if len(prompt) > 1]
+    for row in sorted(rows, key=lambda row: -len(prompts[row])):
+        most = _TOGETHER // len(prompts[groups[-1][0]]) if groups and device.type != "cpu" else 1
+        if not groups or len(groups[-1]) >= most:
+            groups.append([])
+        groups[-1].append(row)
+    return groups
+
+
+def prefill(model: Any, prompts: Sequence[list[int]], groups: Sequence[Sequence[int]]) -> DynamicCache:
     """Read all but the last token of each prompt.
 
     Args:
         model: One that can be read so, on its device and in inference mode.
         prompts: Token ids of each prompt.
+        groups: Indices of prompts that are read together, with padding. A group of one needs no mask.
 
     Returns:
         What the model would hold of a batch padded on the left: keys and values of shape `(batch_size,
@@ -66,22 +89,34 @@ def prefill_one_by_one(model: Any, prompts: Sequence[list[int]]) -> DynamicCache
     """
     width = max(map(len, prompts)) - 1
     layers: dict[int, list[Tensor]] = {}
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 1:
-            continue
+    for group in groups:
         own = DynamicCache()  # of all tokens, also where a sliding window has passed
-        ids = torch.tensor([prompt[:-1]], device=model.device)
-        positions = torch.arange(len(prompt) - 1, device=model.device)[None]
-        model(input_ids=ids, position_ids=positions, past_key_values=own, use_cache=True, logits_to_keep=1)
+        mask = _read(model, [prompts[row][:-1] for row in group], own)
         for index, layer in enumerate(cast("list[DynamicLayer]", own.layers)):
             pair: tuple[Any, Any] = layer.keys, layer.values
             batch = layers.setdefault(index, [])
             if not batch:
-                batch += [alone.new_zeros(len(prompts), alone.shape[1], width, alone.shape[3]) for alone in pair]
-            for together, alone in zip(batch, pair, strict=True):
-                together[row, :, width + 1 - len(prompt) :] = alone[0]
+                batch += [read.new_zeros(len(prompts), read.shape[1], width, read.shape[3]) for read in pair]
+            for together, read in zip(batch, pair, strict=True):
+                together[list(group), :, width - mask.shape[1] :] = read.masked_fill(~mask[:, None, :, None], 0)
     cache = DynamicCache(config=model.config)
     for index in list(layers):
         keys, values = layers.pop(index)  # `update` copies them, so they go layer by layer
         cache.update(keys, values, index)
     return cache
+
+
+def _read(model: Any, texts: Sequence[list[int]], cache: DynamicCache) -> Tensor:
+    """Fill a cache with texts, padded on the left; return which of its tokens are theirs, `(len(texts), tokens)`."""
+    width = max(map(len, texts))
+    ids = torch.tensor([[0] * (width - len(text)) + text for text in texts], device=model.device)
+    mask = torch.tensor([[False] * (width - len(text)) + [True] * len(text) for text in texts], device=model.device)
+    model(
+        input_ids=ids,
+        attention_mask=None if mask.all() else mask.long(),
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        past_key_values=cache,
+        use_cache=True,
+        logits_to_keep=1,
+    )
+    return mask
