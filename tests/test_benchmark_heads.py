@@ -71,6 +71,7 @@ def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
         write_samples(tmp_path / f"lines-{split}.jsonl", made)
     systems = ["base", "self-extend+seal-c+temperature"]
     settings = {"folder": tmp_path, "model": model, "tasks": "lines", "systems": systems, "batch_tokens": 700}
+    settings["rates"] = [1e-2, 1e-1]
     run_script(SCRIPTS / "context.py", "work", *words_of(settings))
     folders = {system: tmp_path / "lines" / system for system in systems}
     whole = {system: json.loads((folder / "answers.json").read_text()) for system, folder in folders.items()}
@@ -91,8 +92,14 @@ def test_the_benchmark_of_context_extension_goes_on_where_it_was_interrupted(
     assert result["training"][f"lines, {systems[1]}"]["samples"] == 2
     assert "| base | 0.00 | 0.50 |" in capsys.readouterr().out
     result["training"][f"lines, {systems[1]}"]["peak_memory_bytes"] = 2e9  # of a GPU
-    (shown,) = filled("results/context-smollm2.json", result)
-    assert "| base | 0.00 (0.00 to 0.66) | 0.50 (0.09 to 0.91) |" in shown
+    pages = filled("results/context-smollm2.json", result)
+    assert any("| base | 0.00 (0.00 to 0.66) | 0.50 (0.09 to 0.91) |" in shown for shown in pages)
+    # All are trained at the rate whose training ended best; its contexts were new to it.
+    losses = {rate: json.loads((tmp_path / "search" / rate / "run.json").read_text()) for rate in ("0.01", "0.1")}
+    assert result["search"] == {rate: run["loss_curve"][-1]["loss"] for rate, run in losses.items()}
+    best = min(result["search"], key=result["search"].get)
+    assert result["training"][f"lines, {systems[1]}"]["learning_rate"] == float(best)
+    assert best in [shown.strip() for shown in pages]
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
 
 
