@@ -3,14 +3,16 @@
 import math
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
+from transformers import Olmo3Config, Qwen3NextConfig
 
 import models
 from seal_peft import SealConfig
 from seal_peft.context.advice import advise
-from seal_peft.context.rope import read_rope
+from seal_peft.context.rope import apply_rope, reach_of, read_rope
 from stages import error_of, save_model, seal
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
@@ -53,6 +55,53 @@ def test_under_the_advised_base_no_channel_turns_to_an_angle_that_the_model_has_
     factor = by_method(config, length)["ntk"].settings["rope_parameters"]["factor"]
     assert not new_angles(factor, rounding=1e-4)
     assert new_angles(factor - 0.25) or (factor - 0.25) * 128 < length
+
+
+LONGROPE = {"rope_type": "longrope", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
+LONGROPE |= {"short_factor": [1.0 + 0.1 * i for i in range(6)], "long_factor": [1.0 + i for i in range(6)]}
+LLAMA3 = {**YARN, "rope_type": "llama3", "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+OWN = {
+    "default": {},
+    "linear": {"max_position_embeddings": 256, "rope_parameters": LINEAR},
+    "dynamic": {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 10000.0}},
+    "yarn": {"max_position_embeddings": 512, "rope_parameters": YARN},
+    "llama3": {"max_position_embeddings": 512, "rope_parameters": LLAMA3},
+    "longrope": {"max_position_embeddings": 512, "rope_parameters": LONGROPE},
+}
+
+
+def turned(model, longest):
+    """The furthest angle of each pair of channels, in texts that grow from one token to the longest."""
+    rotary, furthest = model.model.rotary_emb, torch.zeros(6)
+    for n in sorted({128, longest, *range(1, longest, 37)} & set(range(longest + 1))):
+        rotary(torch.zeros(1, 1, 24), torch.arange(n)[None])
+        furthest = torch.maximum(furthest, n * rotary.inv_freq)
+    return furthest
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_no_text_up_to_the_advised_length_turns_a_channel_to_an_angle_that_the_model_has_not_seen(own):
+    config = models.llama(**OWN[own]).config
+    found = by_method(config, 1000)
+    seen = turned(models.llama(**OWN[own]), reach_of(read_rope(models.llama(**OWN[own]))))
+    for method in ("linear", "dynamic", "ntk", "yarn"):
+        if found[method].settings is None:
+            assert "whatever its factor, some channels turn" in found[method].note
+            continue
+        model = models.llama(**OWN[own])
+        apply_rope(model, found[method].settings["rope_parameters"])
+        assert ((turned(model, 1000) <= seen * 1.001) | (seen >= 2 * math.pi)).all()
+    # Up to `max_position_embeddings` a dynamic type rotates by the unscaled frequencies.
+    assert (found["dynamic"].settings is None) == (own in ("yarn", "llama3", "longrope"))
+
+
+def test_a_model_without_weights_that_cannot_be_asked_says_so():
+    config = models.causal(Olmo3Config).config  # its only layers have a sliding window
+    assert all(advice.settings is None for advice in advise(config, 1000))
+    assert "has no layer of type 'full_attention'" in by_method(config, 1000)["yarn"].note
+    kinds = ["linear_attention", "full_attention"]
+    config = models.causal(Qwen3NextConfig, layer_types=kinds, num_experts=4, num_experts_per_tok=2).config
+    assert "only the loaded model tells" in by_method(config, 5000)["self_extend"].note
 
 
 def test_a_length_that_the_model_reaches_needs_nothing():

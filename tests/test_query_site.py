@@ -360,6 +360,23 @@ def test_query_modules_that_match_nothing_are_refused_before_anything_is_wrapped
     assert not seal_layers(base)
 
 
+@pytest.mark.parametrize("name", ["qwen3", "olmo2"])
+def test_a_projection_before_a_norm_is_no_place_for_query_scales(name):
+    base = base_model(name)
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.self_attn\.q_proj would do nothing: .* in q_norm.*Name 'q_norm'"
+    ):
+        get_peft_model(base, SealConfig(sites=("query",), query_modules=["q_proj"]))
+    assert not seal_layers(base)
+    get_peft_model(base, SealConfig(sites=("query",), query_modules=["q_norm"]))
+
+
+def test_a_refused_merge_names_the_norm_by_its_path():
+    model = with_site("qwen3", BOTH)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.q_norm: Query scales cannot be merged"):
+        model.merge_adapter()
+
+
 @pytest.mark.parametrize("sites", [["key"], "query", ["output", "key"]])
 def test_only_sites_that_an_adapter_has_can_be_saved(sites, tmp_path):
     model = with_site("llama", BOTH)

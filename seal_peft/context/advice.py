@@ -100,7 +100,7 @@ def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
     def holds(quarters: int, tokens: int) -> bool:
         applied = apply_rope(model, {"rope_type": kind, "factor": quarters / 4})
         try:
-            longest, turned = reach_of(read_rope(model) or {}), tokens * _frequencies(model, tokens)
+            longest, turned = reach_of(read_rope(model) or {}), _angles(model, tokens)
         finally:
             applied.restore()
         return tokens <= longest and bool(((seen >= 2 * math.pi) | (turned <= seen * _ROUNDING)).all())
@@ -110,28 +110,35 @@ def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
         unit = reach_of(resolve_rope(model, {"rope_type": kind, "factor": 1000.0})) // 1000
         least = math.ceil(4 * length / unit)
         apply_rope(model, {"rope_type": kind, "factor": least / 4}).restore()
-        seen = window * _frequencies(model, window)
+        seen = _angles(model, window)
         quarters = bisect_left(range(_LARGEST), True, lo=least, key=lambda value: holds(value, length))
     except ValueError as error:
         return Advice(kind, None, 0, str(error))
     if quarters == _LARGEST:
-        return Advice(kind, None, 0, f"no factor below {_LARGEST // 4:,} reaches")
+        return Advice(kind, None, 0, "whatever its factor, some channels turn to angles that the model has not seen")
     longest = int(quarters * unit / 4)
     settings = {"rope_parameters": {"rope_type": kind, "factor": quarters / 4}}
     return Advice(kind, settings, longest if holds(quarters, longest) else length, _NOTES[kind])
 
 
-def _frequencies(model: nn.Module, length: int) -> torch.Tensor:
-    """Radians a token of every rotated pair of channels in full attention, as they are in a text of such a length."""
+def _angles(model: nn.Module, length: int) -> torch.Tensor:
+    """How far each rotated pair of channels in full attention turns, in radians, in texts of up to a length."""
     config = text_config(model)
     assert config is not None
     with torch.device("cpu"):  # the model has none, being on the meta device
         rotary: Any = type(rotary_modules(model, config)[0])(config)
     layer = "full_attention" if isinstance(rotary.rope_type, dict) else None
     kind = str(rotary.rope_type[layer] if layer else rotary.rope_type)
-    if kind in ROPE_INIT_FUNCTIONS:
-        return ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length, layer_type=layer)[0]
-    return getattr(rotary, f"{layer}_inv_freq" if layer else "inv_freq")
+    if kind not in ("dynamic", "longrope"):
+        return length * getattr(rotary, f"{layer}_inv_freq" if layer else "inv_freq")
+    # They slow down as a text grows, so a shorter one may turn a pair further; most just before they begin to.
+    rope = config.rope_parameters[layer] if layer else config.rope_parameters
+    starts = rope.get("original_max_position_embeddings"), config.max_position_embeddings
+    lengths = {n for n in (*starts, *(length * part // 64 for part in range(1, 65))) if n and n <= length}
+    turned = [
+        n * ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=n, layer_type=layer)[0] for n in lengths
+    ]
+    return torch.stack(turned).amax(0)
 
 
 def _self_extend(model: nn.Module, length: int, window: int) -> Advice:
@@ -139,6 +146,8 @@ def _self_extend(model: nn.Module, length: int, window: int) -> Advice:
         rotary_layers(model)
     except ValueError as error:
         return Advice("self_extend", None, 0, str(error))
+    except RuntimeError:  # its layers need values that the meta device does not have
+        return Advice("self_extend", None, 0, "only the loaded model tells; SealConfig(self_extend=...) tries it")
     near = max(1, int(window * _WINDOW_SHARE))
     groups = [math.floor((length - near) / (share * window - near)) + 1 for share in _SHARES]
     settings = {"group_size": groups[0], "window": near}

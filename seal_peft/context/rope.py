@@ -249,7 +249,13 @@ def _rotated(model: nn.Module, name: str) -> int:
     """How many channels a head rotates."""
     config = text_config(model)
     assert config is not None
-    return 2 * getattr(rotary_modules(model, config)[0], name).numel()
+    frequencies = getattr(rotary_modules(model, config)[0], name, None)
+    if frequencies is None:
+        kind = name.removesuffix("_inv_freq")
+        raise ValueError(
+            f"{type(model).__name__} has no layer of type {kind!r}, so it cannot take rope_parameters for it."
+        )
+    return 2 * int(frequencies.numel())
 
 
 def _read(config: PreTrainedConfig) -> dict[str, Any]:

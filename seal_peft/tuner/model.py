@@ -181,10 +181,13 @@ class SealModel(BaseTuner):
         if unknown := sorted(set(adapter_names or ()) - set(self.peft_config)):
             known = ", ".join(self.peft_config)
             raise ValueError(f"The model has no adapters named {', '.join(unknown)} to merge. It has {known}.")
-        layers = [layer for layer in self.model.modules() if isinstance(layer, Linear) and layer.site in sites]
-        check_untied(self.model, layers)
-        for layer in layers:
-            layer.check_can_merge(layer.active_adapters if adapter_names is None else adapter_names)
+        layers = {name: m for name, m in self.model.named_modules() if isinstance(m, Linear) and m.site in sites}
+        check_untied(self.model, list(layers.values()))
+        for name, layer in layers.items():
+            try:
+                layer.check_can_merge(layer.active_adapters if adapter_names is None else adapter_names)
+            except ValueError as error:
+                raise ValueError(f"{name}: {error}") from None
 
     def _unload_and_optionally_merge(self, merge: bool = True, **kwargs: Any) -> nn.Module:
         """As in PEFT; the model keeps the RoPE and Self-Extend of what is in its weights."""

@@ -118,6 +118,11 @@ def query_layout(
             f"{name} is a {type(module).__name__}; the query site needs a linear projection or a norm of queries. "
             "Name another module in `query_modules`, or leave the query site out: sites=('output',)."
         )
+    if norms := [norm for norm in _NORMS if attention._modules.get(norm) is not None]:
+        raise ValueError(
+            f"Scales on {name} would do nothing: {type(attention).__name__} normalises its queries in {norms[0]}, "
+            f"which undoes them. Name {norms[0]!r} in `query_modules`, or leave it at None, which finds it."
+        )
     size = in_out_features(module)[1] or 0
     fused = child in _FUSED
     groups = _groups(attention, name, model_type, num_heads) if fused else 1
