@@ -5,6 +5,7 @@ seal-peft advise --model_name_or_path smollm2 --length 32768
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 
 from .context.advice import advise as advice_for
@@ -29,8 +30,8 @@ def advise(arguments: AdviseArguments) -> str:
     Raises:
         ValueError: The length is not positive, or nothing extends the model.
     """
-    rows = [["method", "reaches (tokens)", "SealConfig arguments", "note"]]
+    rows = [["method", "reaches (tokens)", "SealConfig arguments, or values of the flags", "note"]]
     for advice in advice_for(load_config(arguments.model_name_or_path), arguments.length):
-        settings = ", ".join(f"{name}={value}" for name, value in (advice.settings or {}).items())
+        settings = ", ".join(f"{name}={json.dumps(value)}" for name, value in (advice.settings or {}).items())
         rows.append([advice.method, f"{advice.reach:,}" if advice.reach else "no", settings, advice.note])
     return markdown_table(rows)

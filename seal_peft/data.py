@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
@@ -209,11 +208,9 @@ def check_window(
         raise ValueError(
             f"{start}Use lengths up to {window}: its positions are a learned table, which nothing extends."
         )
-    original = parameters.get("original_max_position_embeddings") or config.max_position_embeddings
     raise ValueError(
-        f"{start}Use lengths up to {window}, or extend the window: by an adapter that brings rope_parameters or "
-        "self_extend (flags of `seal-peft train`; `seal-peft advise` compares them), or in its config.json, by "
-        "rope_parameters of YaRN (rope_type='yarn') or NTK (rope_type='dynamic'), with a factor of at least "
-        f"{math.ceil(100 * length / original) / 100:.2f}."
+        f"{start}Use lengths up to {window}, or extend the window: `seal-peft advise --length {length}` says which "
+        "rope_parameters or self_extend reach so far. An adapter brings them (flags of `seal-peft train`), or the "
+        "model's config.json the rope_parameters."
         + (" For lengths beyond the window all the same, pass --allow_beyond_window." if beyond is False else "")
     )

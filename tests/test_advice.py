@@ -90,7 +90,13 @@ def test_no_text_up_to_the_advised_length_turns_a_channel_to_an_angle_that_the_m
             continue
         model = models.llama(**OWN[own])
         apply_rope(model, found[method].settings["rope_parameters"])
-        assert ((turned(model, 1000) <= seen * 1.001) | (seen >= 2 * math.pi)).all()
+        furthest = found[method].reach
+        assert furthest >= 1000
+        assert ((turned(model, furthest) <= seen * 1.001) | (seen >= 2 * math.pi)).all()
+        # It is what the setting reaches: more is beyond its window, or turns a channel further.
+        assert furthest == reach_of(read_rope(model)) or (
+            ((turned(model, furthest + 3) > seen) & (seen < 2 * math.pi)).any()
+        )
     # Up to `max_position_embeddings` a dynamic type rotates by the unscaled frequencies.
     assert (found["dynamic"].settings is None) == (own in ("yarn", "llama3", "longrope"))
 
@@ -139,8 +145,8 @@ def test_the_stage_prints_a_table_from_the_config_alone(tmp_path, capsys):
     folder = save_model(tmp_path / "model", weights=False, max_position_embeddings=128)
     assert seal("advise", "--model_name_or_path", str(folder), "--length", "1000") == 0
     out = capsys.readouterr().out
-    assert "| yarn | 1,024 | rope_parameters={'rope_type': 'yarn', 'factor': 8.0} |" in out
-    assert "self_extend={'group_size':" in out
+    assert '| yarn | 1,024 | rope_parameters={"rope_type": "yarn", "factor": 8.0} |' in out
+    assert 'self_extend={"group_size":' in out
     assert {line.count("|") for line in out.strip().splitlines()} == {5}
     assert seal("advise", "--model_name_or_path", str(folder), "--length", "0") == 1
     assert "positive whole number" in error_of(capsys)

@@ -1,5 +1,7 @@
 """How many tokens a model reads, and what extends it."""
 
+import re
+
 import pytest
 from transformers import (
     Gemma3Config,
@@ -9,12 +11,13 @@ from transformers import (
 )
 
 from data_samples import llama_config
+from seal_peft.context.advice import advise
 from seal_peft.data import check_window, window_of
 
 
 def test_lengths_up_to_the_window_pass_and_longer_ones_name_it_and_what_extends_it() -> None:
     check_window(llama_config(), 2048)
-    with pytest.raises(ValueError, match=r"2049 tokens .* window of this model is 2048 .*rope_parameters.*YaRN"):
+    with pytest.raises(ValueError, match=r"2049 tokens .* window of this model is 2048 .*advise --length 2049.*rope_parameters"):
         check_window(llama_config(), 2049)
 
 
@@ -77,11 +80,12 @@ def test_a_scaling_by_kind_of_layer_is_in_the_published_window() -> None:
     assert window_of(config) == 131072
 
 
-def test_the_factor_that_the_error_names_is_enough() -> None:
-    with pytest.raises(ValueError, match="factor of at least 2.45") as error:
+def test_what_the_error_names_says_how_far_to_extend() -> None:
+    with pytest.raises(ValueError, match="`seal-peft advise --length 5000` says") as error:
         check_window(llama_config(), 5000)
-    factor = float(str(error.value).split()[-1].rstrip("."))
-    rope = {"rope_type": "yarn", "factor": factor, "rope_theta": 1e4, "original_max_position_embeddings": 2048}
+    (length,) = re.findall(r"--length (\d+)", str(error.value))
+    (yarn,) = (advice for advice in advise(llama_config(), int(length)) if advice.method == "yarn")
+    rope = {"rope_theta": 1e4, "original_max_position_embeddings": 2048, **yarn.settings["rope_parameters"]}
     check_window(llama_config(rope_parameters=rope), 5000)
 
 

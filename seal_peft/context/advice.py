@@ -117,8 +117,8 @@ def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
     if quarters == _LARGEST:
         return Advice(kind, None, 0, "whatever its factor, some channels turn to angles that the model has not seen")
     longest = int(quarters * unit / 4)
-    settings = {"rope_parameters": {"rope_type": kind, "factor": quarters / 4}}
-    return Advice(kind, settings, longest if holds(quarters, longest) else length, _NOTES[kind])
+    beyond = bisect_left(range(longest + 1), True, lo=length, key=lambda tokens: not holds(quarters, tokens))
+    return Advice(kind, {"rope_parameters": {"rope_type": kind, "factor": quarters / 4}}, beyond - 1, _NOTES[kind])
 
 
 def _angles(model: nn.Module, length: int) -> torch.Tensor:
