@@ -208,7 +208,7 @@ def test_make_data_writes_what_was_asked_and_says_where(
     ("words", "complaint"),
     [
         (["--lengths", 20], r"length=20 tokens is too short .* Use a length of at least \d+"),
-        (["--lengths", 5000], r"5000 tokens was given, but the window of this model is 1024 tokens .*seal-peft advise"),
+        (["--lengths", 5000], r"5000 tokens was given, but the window .* is 1024 tokens .*seal-peft advise"),
         (["--lengths", 400, "--depths", 2], r"depths=\[2.0\] was given"),
     ],
 )

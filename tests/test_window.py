@@ -17,7 +17,8 @@ from seal_peft.data import check_window, window_of
 
 def test_lengths_up_to_the_window_pass_and_longer_ones_name_it_and_what_extends_it() -> None:
     check_window(llama_config(), 2048)
-    with pytest.raises(ValueError, match=r"2049 tokens .* window of this model is 2048 .*advise --length 2049.*rope_parameters"):
+    message = r"2049 tokens .* window of this model is 2048 .*advise --length 2049.*rope_parameters"
+    with pytest.raises(ValueError, match=message):
         check_window(llama_config(), 2049)
 
 
