@@ -47,7 +47,7 @@ from seal_peft.tasks import Sample
 from seal_peft.tokens import AnswerCollator, encode_training
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-SCALE_RATES, LORA_RATES = (1e-2, 2e-2, 4e-2), (5e-4, 1e-3, 2e-3)
+SCALE_RATES, LORA_RATES = (1e-2, 2e-2, 4e-2, 8e-2), (5e-4, 1e-3, 2e-3, 4e-3)
 METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any], tuple[float, ...]]] = {
     "seal-h": (SealConfig, {}, SCALE_RATES),
     "seal-c": (SealConfig, {"granularity": "channel"}, SCALE_RATES),
