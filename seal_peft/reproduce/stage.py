@@ -178,7 +178,8 @@ class _Run:
 
     def adapter(self, training: Training, seed: int) -> Path:
         """Folder of an adapter; parts that need the same one share it."""
-        words = [training.method, f"{_rate(training):g}", training.recipe, f"{training.epochs}", *training.extension]
+        words = [training.method, f"{_rate(training):g}", training.recipe, f"{training.batch}x{training.epochs}"]
+        words += training.extension
         return self.work / "adapters" / f"{training.data.name}-{'-'.join(words)}-{seed}"
 
     def train(self, training: Training, seed: int) -> None:
@@ -189,13 +190,14 @@ class _Run:
             save_adapter(get_peft_model(load_model(self.model), config), folder)
             write_json(folder / "run.json", {"trainable_parameters": 0, **provenance()})
             return
-        steps = {} if training.recipe == "paper" else {"gradient_accumulation_steps": 4, "warmup_steps": 10}
+        warmup = {"warmup_steps": 10} if training.recipe == "default" else {}  # as where the rates were searched
         settings = SealTrainingArguments(
             output_dir=str(folder),
             seed=seed,
             **{
                 **RECIPES[training.recipe],
-                **steps,
+                **warmup,
+                "gradient_accumulation_steps": training.batch,
                 "learning_rate": _rate(training),
                 "num_train_epochs": training.epochs,
                 # Contexts of 32K tokens do not fit beside other processes otherwise.
