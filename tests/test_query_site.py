@@ -360,6 +360,17 @@ def test_query_modules_that_match_nothing_are_refused_before_anything_is_wrapped
     assert not seal_layers(base)
 
 
+@pytest.mark.parametrize("sites", [("output",), ("query",), BOTH])
+@pytest.mark.parametrize(("name", "query"), [("llama", "q_proj"), ("qwen3", "q_proj"), ("qwen3", "q_norm")])
+def test_target_modules_name_output_projections_whatever_the_sites(name, query, sites):
+    # As wide as it is deep, so that the query projection of Qwen3 could be taken for its output projection.
+    base = base_model("llama") if name == "llama" else causal(tf.Qwen3Config, head_dim=8)
+    for targets in ([query], ["o_proj", query]):
+        with pytest.raises(ValueError, match=rf"0\.self_attn\.{query} does not read .*`o_proj`.*`query_modules`"):
+            get_peft_model(base, SealConfig(sites=sites, target_modules=targets))
+        assert not seal_layers(base)
+
+
 @pytest.mark.parametrize("name", ["qwen3", "olmo2"])
 def test_a_projection_before_a_norm_is_no_place_for_query_scales(name):
     base = base_model(name)
