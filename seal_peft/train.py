@@ -177,9 +177,10 @@ def train(
         The adapter folder.
 
     Raises:
-        ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, a
-            finished adapter, an unfinished training with other settings, or files of another stage in the output
-            folder; raised before the model is loaded. Another process trains into the folder.
+        ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, an
+            adapter to start from that does not fit, a finished adapter, an unfinished training with other settings,
+            or files of another stage in the output folder; raised before the model is loaded. Another process trains
+            into the folder.
     """
     if arguments.memory is not None and training_arguments.activation_checkpointing:
         raise ValueError(
@@ -199,7 +200,7 @@ def train(
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
         adapted = get_peft_model(skeleton, copy.deepcopy(config))
     if arguments.init_adapter is not None:
-        read_adapter(arguments.init_adapter)
+        _check_same_sites(arguments.init_adapter, config)
         hotswap_adapter(adapted, arguments.init_adapter)
     learned_before = trained_prompts(arguments.init_adapter) if arguments.init_adapter is not None else []
     rows = training_rows(samples, tokenizer, adapted)
@@ -270,6 +271,16 @@ def _config(arguments: TrainArguments) -> SealConfig:
         rope_parameters=_from_json("rope_parameters", arguments.rope_parameters),
         self_extend=_from_json("self_extend", arguments.self_extend),
     )
+
+
+def _check_same_sites(init_adapter: str, config: PeftConfig) -> None:
+    """Refuse to start from an adapter with other sites: swapping would leave those that it lacks at 1."""
+    given, wanted = (getattr(each, "sites", None) for each in (read_adapter(init_adapter), config))
+    if given is not None and wanted is not None and given != wanted:
+        raise ValueError(
+            f"--init_adapter {init_adapter} has sites={given}, but sites={wanted} are to be trained. Give --sites as "
+            "that adapter has them, or start from one that has these."
+        )
 
 
 def _apply_memory(trainer: Trainer, policy: Policy | None, tokens: int) -> str | None:
