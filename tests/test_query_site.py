@@ -340,7 +340,7 @@ def test_wrapped_modules_tell_their_site():
     ("settings", "message"),
     [
         ({"sites": ()}, "Use \\('output',\\)"),
-        ({"sites": "query"}, "Use \\('output',\\)"),
+        ({"sites": "query"}, "Use \\('output',\\).* takes \\(\\), too, for rope_parameters or self_extend"),
         ({"sites": ("key",)}, "Use \\('output',\\)"),
         ({"sites": ("query", "query")}, "Use \\('output',\\)"),
         ({"sites": ("query",), "granularity": "channel"}, "one scale per head"),
