@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import transformers
@@ -62,11 +62,11 @@ class TrainArguments:
             "aliases": ["--task_file"],
         }
     )
-    granularity: Granularity = field(
-        default="channel",
+    granularity: Granularity | None = field(
+        default=None,
         metadata={
-            "help": "One scale per `head` or per `channel` of it; `SealConfig` in Python has `head` unless told. "
-            "Queries always have one per head."
+            "help": "One scale per `head` or per `channel` of it; queries always have one per head. Default: channel, "
+            "for queries alone head. (`SealConfig` in Python has `head` unless told.)"
         },
     )
     sites: list[str] = field(
@@ -105,6 +105,10 @@ class TrainArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an adapter or another training that is in --output_dir."}
     )
+
+    def __post_init__(self) -> None:
+        if self.granularity is None:
+            self.granularity = "channel" if "output" in self.sites else "head"
 
 
 @dataclass
@@ -264,7 +268,7 @@ def train(
 def _config(arguments: TrainArguments) -> SealConfig:
     return SealConfig(
         task_type="CAUSAL_LM",
-        granularity=arguments.granularity if "output" in arguments.sites else "head",
+        granularity=cast(Granularity, arguments.granularity),
         sites=check_sites(arguments.sites),
         target_heads=arguments.target_heads,
         layers_to_transform=arguments.layers_to_transform,

@@ -166,6 +166,20 @@ def test_the_paper_trains_one_scale_a_head(house: Path, tmp_path: Path) -> None:
     assert {tuple(scale.shape) for scale in learned.values()} == {(models.HEADS,)}
 
 
+def test_queries_alone_have_one_scale_a_head_and_channels_of_them_are_refused(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl"]
+    words += ["--sites", "query", "--output_dir", tmp_path / "out"]
+    words += ["--max_steps", 1, "--dtype", "float32", "--disable_tqdm", "true"]
+    assert seal(*words, "--granularity", "channel") == 1
+    assert "granularity='channel' is of no use for sites=('query',)" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+    assert seal(*words) == 0
+    assert {tuple(scale.shape) for scale in scales(tmp_path / "out").values()} == {(models.HEADS,)}
+    assert run_of(tmp_path / "out")["arguments"]["granularity"] == "head"
+
+
 def test_the_base_is_recorded_by_a_path_that_holds_in_every_folder(
     house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
