@@ -152,10 +152,12 @@ def _eval_results(metrics: dict[str, Any]) -> list[EvalResult]:
 
 def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: CardFacts) -> dict[str, Any]:
     """Fill the blanks of the template."""
-    learned = scales(folder) if config.get("sites", ["output"]) else {}
+    sites = config.get("sites", ["output"])
+    learned = scales(folder) if sites else {}
+    head = "head at each site" if len(sites) > 1 and config["granularity"] == "head" else "head"
     counts = {
         per: sum(scale.numel() for scale in learned.values() if scale.dim() == dim)
-        for dim, per in ((1, "head"), (2, "channel of every head"))
+        for dim, per in ((1, head), (2, "channel of every head"))
     }
     numbers = " and ".join(f"{count:,}, one per {per}" for per, count in counts.items() if count) or "none"
     named = config.get("base_model_name_or_path") or ""

@@ -38,7 +38,8 @@ def device_name() -> str:
     """Return the name of the GPU, or the number of CPU threads in use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"CPU, {threads} thread{'' if threads == 1 else 's'}"
 
 
 def _version(name: str) -> str | None:

@@ -13,7 +13,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 import transformers
@@ -62,11 +62,11 @@ class TrainArguments:
             "aliases": ["--task_file"],
         }
     )
-    granularity: Granularity = field(
-        default="channel",
+    granularity: Granularity | None = field(
+        default=None,
         metadata={
-            "help": "One scale per `head` or per `channel` of it; `SealConfig` in Python has `head` unless told. "
-            "Queries always have one per head."
+            "help": "One scale per `head` or per `channel` of it; queries always have one per head. Default: channel, "
+            "for queries alone head. (`SealConfig` in Python has `head` unless told.)"
         },
     )
     sites: list[str] = field(
@@ -105,6 +105,10 @@ class TrainArguments:
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Replace an adapter or another training that is in --output_dir."}
     )
+
+    def __post_init__(self) -> None:
+        if self.granularity is None:
+            self.granularity = "channel" if "output" in self.sites else "head"
 
 
 @dataclass
@@ -177,9 +181,10 @@ def train(
         The adapter folder.
 
     Raises:
-        ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, a
-            finished adapter, an unfinished training with other settings, or files of another stage in the output
-            folder; raised before the model is loaded. Another process trains into the folder.
+        ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, an
+            adapter to start from that does not fit, a finished adapter, an unfinished training with other settings,
+            or files of another stage in the output folder; raised before the model is loaded. Another process trains
+            into the folder.
     """
     if arguments.memory is not None and training_arguments.activation_checkpointing:
         raise ValueError(
@@ -199,7 +204,7 @@ def train(
         skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
         adapted = get_peft_model(skeleton, copy.deepcopy(config))
     if arguments.init_adapter is not None:
-        read_adapter(arguments.init_adapter)
+        _check_same_sites(arguments.init_adapter, config)
         hotswap_adapter(adapted, arguments.init_adapter)
     learned_before = trained_prompts(arguments.init_adapter) if arguments.init_adapter is not None else []
     rows = training_rows(samples, tokenizer, adapted)
@@ -263,13 +268,23 @@ def train(
 def _config(arguments: TrainArguments) -> SealConfig:
     return SealConfig(
         task_type="CAUSAL_LM",
-        granularity=arguments.granularity if "output" in arguments.sites else "head",
+        granularity=cast(Granularity, arguments.granularity),
         sites=check_sites(arguments.sites),
         target_heads=arguments.target_heads,
         layers_to_transform=arguments.layers_to_transform,
         rope_parameters=_from_json("rope_parameters", arguments.rope_parameters),
         self_extend=_from_json("self_extend", arguments.self_extend),
     )
+
+
+def _check_same_sites(init_adapter: str, config: PeftConfig) -> None:
+    """Refuse to start from an adapter with other sites: swapping would leave those that it lacks at 1."""
+    given, wanted = (getattr(each, "sites", None) for each in (read_adapter(init_adapter), config))
+    if given is not None and wanted is not None and given != wanted:
+        raise ValueError(
+            f"--init_adapter {init_adapter} has sites={given}, but sites={wanted} are to be trained. Give --sites as "
+            "that adapter has them, or start from one that has these."
+        )
 
 
 def _apply_memory(trainer: Trainer, policy: Policy | None, tokens: int) -> str | None:

@@ -363,7 +363,7 @@ def test_a_projection_that_reads_no_heads_is_refused(target):
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(
         ValueError,
-        match=rf"{target} (into attention heads|reads the hidden state)",
+        match=rf"{target} (into attention heads|does not read the outputs of heads)",
     ):
         get_peft_model(model, SealConfig(target_modules=[target]))
     assert_untouched(model, before)

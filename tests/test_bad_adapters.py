@@ -278,7 +278,7 @@ def test_a_good_adapter_loads_after_a_broken_one(saved):
 @pytest.mark.parametrize("target", ["q_proj", "self_attn.v_proj"])
 def test_a_projection_that_reads_the_hidden_state_is_refused(target):
     model = base_model("llama")
-    with pytest.raises(ValueError, match="reads the hidden state, not the heads.*o_proj"):
+    with pytest.raises(ValueError, match="does not read the outputs of heads.*o_proj"):
         get_peft_model(model, SealConfig(target_modules=[target], num_attention_heads=1))
     assert not seal_layers(model)
 

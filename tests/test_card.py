@@ -138,6 +138,19 @@ def test_the_card_promises_to_merge_only_what_stands_on_no_norm(tmp_path: Path, 
     assert ("seal-peft merge --sites output" in text) != merges
 
 
+@pytest.mark.parametrize(
+    ("granularity", "sites", "numbers"),
+    [
+        ("head", ("query",), "8, one per head"),
+        ("head", ("output", "query"), "16, one per head at each site"),
+        ("channel", ("output", "query"), "8, one per head and 96, one per channel of every head"),
+    ],
+)
+def test_scales_are_counted_by_what_has_one(tmp_path: Path, granularity: str, sites: Any, numbers: str) -> None:
+    models.adapted("llama", granularity, sites=sites).save_pretrained(tmp_path)
+    assert f"| scales | {numbers} |" in render_card(tmp_path, {}, CardFacts())
+
+
 def test_what_is_not_known_is_not_made_up(tmp_path: Path) -> None:
     adapted = get_peft_model(models.llama(), SealConfig(task_type="CAUSAL_LM"))
     adapted.save_pretrained(tmp_path)

@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from models import ARCHITECTURES, adapted, base_model, draw_scales, llama, logits, seal_layers
-from seal_peft import SealConfig, add_beside, export_ia3, import_ia3, set_strength
+from seal_peft import SealConfig, add_beside, export_ia3, import_ia3, save_adapter, scales, set_strength
 
 ROUND_TRIP = ["llama", "gemma3_text", "deepseek_v3", "gpt2", "opt", "gpt_neox", "llava-clip"]
 granularities = pytest.mark.parametrize("granularity", ["head", "channel"])
@@ -59,7 +59,7 @@ def test_query_scales_that_ia3_cannot_hold_are_refused(tmp_path):
     with pytest.raises(ValueError, match="Qwen3RMSNorm; IA3 knows linear layers only"):
         export_ia3(adapted("qwen3", sites=("query",)), tmp_path / "ia3")
     adapted("llama", sites=("query",)).save_pretrained(tmp_path / "folder")
-    with pytest.raises(ValueError, match="does not tell how queries lie"):
+    with pytest.raises(ValueError, match=r"folder scales queries, .* export_ia3\(model, ...\)"):
         export_ia3(tmp_path / "folder", tmp_path / "ia3")
     assert not (tmp_path / "ia3").exists()
 
@@ -193,6 +193,20 @@ def test_other_ia3_adapters_are_refused(targets, inputs, message, tmp_path):
     with pytest.raises(ValueError, match=message):
         import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=base_model("llama"))
     assert not (tmp_path / "seal").exists()
+
+
+def test_query_scales_do_not_come_back_and_the_error_says_how_the_output_scales_do(tmp_path):
+    model = adapted("llama", sites=("output", "query"))
+    export_ia3(model, tmp_path / "ia3")
+    with pytest.raises(ValueError, match=r"q_proj scales the outputs .*If export_ia3 wrote this one for query scales"):
+        import_ia3(tmp_path / "ia3", tmp_path / "seal", base_model=base_model("llama"))
+    save_adapter(model, tmp_path / "outputs", sites=["output"])
+    export_ia3(tmp_path / "outputs", tmp_path / "ia3")
+    import_ia3(tmp_path / "ia3", tmp_path / "seal", granularity="head", base_model=base_model("llama"))
+    learned = scales(model)
+    for key, scale in scales(tmp_path / "seal").items():
+        torch.testing.assert_close(scale, learned[key], rtol=0, atol=2e-7)
+    assert len(scales(tmp_path / "seal")) == len(learned) / 2
 
 
 def test_factors_that_differ_within_a_head_are_no_scales_per_head(tmp_path):

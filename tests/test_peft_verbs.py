@@ -127,11 +127,12 @@ def test_a_saved_adapter_holds_the_scales_only_and_loads_again(name, granularity
     assert all(offset.requires_grad for offset in offsets(trainable))
 
 
-def test_scales_come_in_the_order_of_the_layers_from_a_folder_too(tmp_path):
-    model = get_peft_model(llama(num_hidden_layers=12), SealConfig(init_weights=False))
+def test_scales_come_in_the_same_order_from_a_model_and_its_folder(tmp_path):
+    model = get_peft_model(llama(num_hidden_layers=12), SealConfig(sites=("output", "query"), init_weights=False))
     model.save_pretrained(tmp_path)
     assert list(scales(tmp_path)) == list(scales(model))
-    assert [name.split(".")[2] for name in scales(tmp_path)] == [str(layer) for layer in range(12)]
+    names = [f"{layer}.self_attn.{module}" for layer in range(12) for module in ("o_proj", "q_proj")]
+    assert [name.removeprefix("model.layers.") for name in scales(tmp_path)] == names
 
 
 def test_the_auto_class_finds_base_and_adapter(base_folder, tmp_path):

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from seal_peft import provenance
 
@@ -17,3 +18,14 @@ def test_a_copy_without_git_says_the_commit_that_it_was_told(tmp_path: Path, mon
     assert copied.provenance()["commit"] is None
     monkeypatch.setenv("SEAL_PEFT_COMMIT", "0" * 40)
     assert copied.provenance()["commit"] == "0" * 40
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="names the GPU")
+@pytest.mark.parametrize(("threads", "name"), [(1, "CPU, 1 thread"), (2, "CPU, 2 threads")])
+def test_the_threads_of_a_cpu_are_counted(threads: int, name: str) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert provenance.provenance()["device"] == name
+    finally:
+        torch.set_num_threads(before)

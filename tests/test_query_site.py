@@ -340,7 +340,7 @@ def test_wrapped_modules_tell_their_site():
     ("settings", "message"),
     [
         ({"sites": ()}, "Use \\('output',\\)"),
-        ({"sites": "query"}, "Use \\('output',\\)"),
+        ({"sites": "query"}, "Use \\('output',\\).* takes \\(\\), too, for rope_parameters or self_extend"),
         ({"sites": ("key",)}, "Use \\('output',\\)"),
         ({"sites": ("query", "query")}, "Use \\('output',\\)"),
         ({"sites": ("query",), "granularity": "channel"}, "one scale per head"),
@@ -358,6 +358,17 @@ def test_query_modules_that_match_nothing_are_refused_before_anything_is_wrapped
     with pytest.raises(ValueError, match=r"query_modules=.*nope.*or leave it at None"):
         get_peft_model(base, SealConfig(sites=sites, query_modules=["nope"]))
     assert not seal_layers(base)
+
+
+@pytest.mark.parametrize("sites", [("output",), ("query",), BOTH])
+@pytest.mark.parametrize(("name", "query"), [("llama", "q_proj"), ("qwen3", "q_proj"), ("qwen3", "q_norm")])
+def test_target_modules_name_output_projections_whatever_the_sites(name, query, sites):
+    # As wide as it is deep, so that the query projection of Qwen3 could be taken for its output projection.
+    base = base_model("llama") if name == "llama" else causal(tf.Qwen3Config, head_dim=8)
+    for targets in ([query], ["o_proj", query]):
+        with pytest.raises(ValueError, match=rf"0\.self_attn\.{query} does not read .*`o_proj`.*`query_modules`"):
+            get_peft_model(base, SealConfig(sites=sites, target_modules=targets))
+        assert not seal_layers(base)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "olmo2"])

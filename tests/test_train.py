@@ -87,6 +87,22 @@ def test_it_starts_from_the_scales_of_another_adapter(
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize(
+    ("given", "asked"), [(["output", "query"], ["output"]), (["output"], ["output", "query"]), (["query"], ["output"])]
+)
+def test_an_adapter_with_other_sites_is_no_start_and_is_refused_before_the_model_is_loaded(
+    given: list[str], asked: list[str], house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    models.adapted("llama", sites=tuple(given)).save_pretrained(tmp_path / "given")
+    save_model(tmp_path / "model", weights=False)
+    words = ["train", "--model_name_or_path", tmp_path / "model", "--train_file", house / "train.jsonl"]
+    words += ["--granularity", "head", "--init_adapter", tmp_path / "given", "--output_dir", tmp_path / "out"]
+    assert seal(*words, "--sites", *asked) == 1
+    error = error_of(capsys)
+    assert f"given has sites={tuple(given)}, but sites={tuple(asked)} are to be trained. Give --sites as" in error
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(house: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_in(tmp_path_factory.mktemp("uninterrupted"), house)
@@ -148,6 +164,20 @@ def test_every_scale_moves_and_nothing_else_is_saved(uninterrupted: Path) -> Non
 def test_the_paper_trains_one_scale_a_head(house: Path, tmp_path: Path) -> None:
     learned = scales(train_in(tmp_path, house, granularity="head"))
     assert {tuple(scale.shape) for scale in learned.values()} == {(models.HEADS,)}
+
+
+def test_queries_alone_have_one_scale_a_head_and_channels_of_them_are_refused(
+    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl"]
+    words += ["--sites", "query", "--output_dir", tmp_path / "out"]
+    words += ["--max_steps", 1, "--dtype", "float32", "--disable_tqdm", "true"]
+    assert seal(*words, "--granularity", "channel") == 1
+    assert "granularity='channel' is of no use for sites=('query',)" in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+    assert seal(*words) == 0
+    assert {tuple(scale.shape) for scale in scales(tmp_path / "out").values()} == {(models.HEADS,)}
+    assert run_of(tmp_path / "out")["arguments"]["granularity"] == "head"
 
 
 def test_the_base_is_recorded_by_a_path_that_holds_in_every_folder(

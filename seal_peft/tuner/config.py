@@ -288,7 +288,7 @@ def check_sites(sites: Sequence[str]) -> tuple[Site, ...]:
     if isinstance(sites, str) or not sites or set(sites) - set(known) or len(set(sites)) < len(sites):
         raise ValueError(
             f"sites={sites!r} is not allowed. Use ('output',), ('query',) or ('output', 'query'), on the command line "
-            "`--sites output query`."
+            "`--sites output query`. SealConfig takes (), too, for rope_parameters or self_extend without scales."
         )
     return tuple(site for site in known if site in sites)
 

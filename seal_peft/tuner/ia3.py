@@ -33,6 +33,9 @@ _PREFIX = "base_model.model."
 _SEAL_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.seal_delta\.weight")
 _IA3_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.ia3_l")
 _ON_ITS_BASE = "Import it with the base model that it was trained on."
+_OUTPUTS_ALONE = (
+    "export the output site alone: save_adapter(model, folder, sites=['output']), then export_ia3(folder, ...)."
+)
 
 
 def export_ia3(
@@ -43,7 +46,7 @@ def export_ia3(
     A strength that was set on the model (`set_strength`) goes into the factors, which are `1 + alpha * (s - 1)`.
 
     Args:
-        model: A model with a SEAL adapter, or an adapter folder on disk.
+        model: A model with a SEAL adapter, or the folder of one without query scales.
         output_dir: Folder of the IA3 adapter.
         adapter_name: Which adapter of the model; a folder holds one adapter and ignores it.
 
@@ -108,6 +111,8 @@ def import_ia3(
     base_model: nn.Module | None = None,
 ) -> Path:
     """Turn an IA3 adapter that scales the inputs of attention output projections into a SEAL adapter.
+
+    Query scales that `export_ia3` wrote are on outputs, so they have no way back.
 
     Args:
         folder: The IA3 adapter.
@@ -200,8 +205,7 @@ def _query_layers(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
         if not is_linear(layer.get_base_layer()):
             raise ValueError(
                 f"The query scales of this adapter are on {name}, a {type(layer.get_base_layer()).__name__}; IA3 "
-                "knows linear layers only. Export the output site alone: save_adapter(model, folder, "
-                "sites=['output']), then export_ia3(folder, ...)."
+                f"knows linear layers only. If it scales outputs, too, {_OUTPUTS_ALONE}"
             )
     return queries
 
@@ -214,8 +218,8 @@ def _seal_in_folder(folder: Path) -> tuple[SealConfig, dict[str, Tensor], _Sizes
         )
     if "query" in config.sites:
         raise ValueError(
-            f"The folder {folder} does not tell how queries lie in their projections. Load the adapter on its base "
-            "model and export that: export_ia3(model, ...)."
+            f"The adapter in {folder} scales queries, and only its base model tells which outputs of a projection are "
+            "queries of which head. Load the adapter on that model and export it from there: export_ia3(model, ...)."
         )
     state = checked_weights(config, load_peft_weights(str(folder), device="cpu"))
     pairs = {HeadGeometry(*pair) for pair in config.heads or []}
@@ -270,8 +274,10 @@ def _check_scales_heads(name: str, vector: Tensor, config: IA3Config, projection
     on_input = re.fullmatch(listed, name) if isinstance(listed, str) else name.endswith(tuple(listed))
     if not on_input or vector.shape[0] != 1:
         raise ValueError(
-            f"The IA3 vector of {name} scales the outputs of that module (it is not in `feedforward_modules`); SEAL "
-            "scales inputs. Train IA3 with the attention output projections in `feedforward_modules`."
+            f"The IA3 vector of {name} scales the outputs of that module (it is not in `feedforward_modules`); "
+            "import_ia3 reads scales on the inputs of attention output projections only. If export_ia3 wrote this one "
+            f"for query scales, use the SEAL adapter itself, or {_OUTPUTS_ALONE} If IA3 trained it, train with the "
+            "attention output projections in `feedforward_modules`."
         )
     if name not in projections:
         raise ValueError(

@@ -26,8 +26,8 @@ def scales(model: nn.Module | str | os.PathLike[str], adapter_name: str = "defau
         adapter_name: Which adapter of the model; a folder holds one adapter and ignores it.
 
     Returns:
-        Full name of each scaled module, in the order of the layers -> fp32 tensor on the CPU, shape `(num_heads,)`, or
-        `(num_heads, head_dim)` for the output site of SEAL-C. 1 is unchanged.
+        Full name of each scaled module, by layer and then by letters -> fp32 tensor on the CPU, shape `(num_heads,)`,
+        or `(num_heads, head_dim)` for the output site of SEAL-C. 1 is unchanged.
 
     Raises:
         ValueError: The model or folder holds no such adapter.
@@ -38,7 +38,8 @@ def scales(model: nn.Module | str | os.PathLike[str], adapter_name: str = "defau
             print(name, scale.shape, scale.min(), scale.max())
         ```
     """
-    return _from_folder(Path(model)) if isinstance(model, str | os.PathLike) else _from_model(model, adapter_name)
+    found = _from_model(model, adapter_name) if isinstance(model, nn.Module) else _from_folder(Path(model))
+    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
 
 
 def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
@@ -86,9 +87,9 @@ def _from_folder(folder: Path) -> dict[str, Tensor]:
     }
     if not found:
         raise ValueError(f"{path} holds no SEAL scales; is it an adapter of another method?")
-    return dict(sorted(found.items(), key=lambda item: _place(item[0])))
+    return found
 
 
 def _place(name: str) -> list[tuple[int, str]]:
-    """Sort key of a module's name: the file goes by letters, in which layer 10 stands before layer 2."""
+    """Sort key of a module's name: a file goes by letters alone, in which layer 10 stands before layer 2."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in name.split(".")]

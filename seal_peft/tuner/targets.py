@@ -19,10 +19,8 @@ from .config import SealConfig
 from .geometry import HeadGeometry, attention_of, head_geometry
 from .queries import QUERY_NAMES, QueryLayout, query_layout, query_name
 
-# Attention projections whose input is the hidden state: their sizes often fit, their meaning does not.
-_INPUT_PROJECTIONS = frozenset(
-    "q_proj k_proj v_proj qkv_proj c_attn query_key_value Wqkv q_a_proj q_b_proj kv_a_proj_with_mqa kv_b_proj".split()
-)
+# What makes queries, keys and values: the sizes often fit those of an output projection, the meaning does not.
+_NO_OUTPUT_PROJECTIONS = frozenset((*QUERY_NAMES, *"k_proj v_proj q_a_proj kv_a_proj_with_mqa kv_b_proj".split()))
 
 
 def is_target(config: SealConfig, model: nn.Module, name: str) -> Any:
@@ -76,15 +74,17 @@ def check_targets(config: SealConfig, model: nn.Module) -> list[list[int]]:
         `[num_heads, head_dim]` of every target, in the order of the model.
 
     Raises:
-        ValueError: A target's heads, or the query beside an output projection, cannot be found; or they are not those
-            that the adapter was trained on.
+        ValueError: `target_modules` names what makes queries, keys or values; a target's heads, or the query beside an
+            output projection, cannot be found; or they are not those that the adapter was trained on.
         TypeError: A target is of a kind that cannot be wrapped.
     """
     found: list[list[int]] = []
     heads: dict[str, int] = {}
     for name, module in _outermost(model):
-        if "query" in config.sites and config.query_modules is None and check_target_module_exists(config, name):
-            _query_child(model, name.rpartition(".")[0])
+        if check_target_module_exists(config, name):
+            _check_name(name)
+            if "query" in config.sites and config.query_modules is None:
+                _query_child(model, name.rpartition(".")[0])
         if is_target(config, model, name):
             if not is_query(config, model, name):
                 _check_supported(module, name)
@@ -190,13 +190,16 @@ def _describe(heads: list[list[int]]) -> str:
     return " and ".join(described) or "no module of the names it targets"
 
 
-def _check_supported(module: nn.Module, name: str) -> None:
-    if name.rpartition(".")[2] in _INPUT_PROJECTIONS:
+def _check_name(name: str) -> None:
+    if name.rpartition(".")[2] in _NO_OUTPUT_PROJECTIONS:
         raise ValueError(
-            f"{name} reads the hidden state, not the heads. SEAL scales the input of the attention output projection: "
-            "name that one in `target_modules` (often `o_proj`, `out_proj` or `dense`), or leave it to the default. "
-            "For a scale on queries, use sites=('output', 'query')."
+            f"{name} does not read the outputs of heads. Whatever the sites, `target_modules` names the attention "
+            "output projections (often `o_proj`, `out_proj` or `dense`): name these, or leave it at None. With "
+            "'query' in `sites`, queries are found beside them, or named in `query_modules`."
         )
+
+
+def _check_supported(module: nn.Module, name: str) -> None:
     base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
     if isinstance(base, nn.Linear | Conv1D) or resolve_quantization_backend(
         base, get_apply_tensor_subclass=lambda: None
