@@ -18,8 +18,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from peft.config import PeftConfig
 
+from .card import write_card
+from .files import read_json
 from .folders import check_place
 from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer
+from .resume import FINISHED
 from .together import check_together, split_together
 from .tuner import SealLayer, save_adapter
 from .tuner.config import Site, check_sites
@@ -139,7 +142,7 @@ def _rest(arguments: MergeArguments, adapters: list[str], configs: list[PeftConf
 
 
 def _set_apart(model: Any, rest: _Rest, folder: Path, target: Path) -> None:
-    """Move what is not merged out of the model, into an adapter of the merged one."""
+    """Move what is not merged out of the model, into an adapter of the merged one, with the record of its training."""
     name = next(n for n, config in model.peft_config.items() if set(getattr(config, "sites", ())) & set(rest.sites))
     layers = {
         key.removesuffix(".base_layer"): layer
@@ -156,6 +159,10 @@ def _set_apart(model: Any, rest: _Rest, folder: Path, target: Path) -> None:
     save_adapter(model, folder, name, rest.sites)
     for layer in layers.values():
         del layer.seal_delta[name]
+    record = Path(rest.adapter) / FINISHED
+    if record.is_file():  # `evaluate` refuses to score on the samples in it
+        shutil.copy(record, folder)
+        write_card(folder, read_json(record))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from seal_peft import SealConfig, add_beside
 from seal_peft.loading import load_adapter, load_model
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.tuner.config import Site
-from stages import error_of, save_model, seal
+from stages import error_of, save_model, save_samples, seal
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +98,27 @@ def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(
     loaded = AutoPeftModelForCausalLM.from_pretrained(rest, dtype=torch.float32)
     assert loaded.peft_config["default"].sites == ("query",)
     torch.testing.assert_close(models.logits(loaded), models.logits(adapted), rtol=0, atol=1e-5)
+    assert "are not recorded" in (rest / "README.md").read_text()
+
+
+def test_what_is_not_merged_keeps_the_record_of_its_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, merged = save_samples(tmp_path / "train.jsonl", num_samples=2), tmp_path / "merged"
+    words = ["--model_name_or_path", save_model(tmp_path / "model"), "--train_file", samples, "--max_steps", 1]
+    sites = ["--sites", "output", "query", "--granularity", "head"]
+    assert seal("train", *words, *sites, "--dtype", "float32", "--output_dir", tmp_path / "adapter") == 0
+    words = ["--adapter", tmp_path / "adapter", "--output_dir", merged]
+    assert seal("merge", *words, "--sites", "output") == 0
+    card = (merged / "seal_adapter" / "README.md").read_text()
+    assert "| sites | query |" in card
+    assert "| trained together with | scales at output, which the base model holds merged |" in card
+    assert "| lengths | 400 tokens |" in card and "not recorded" not in card
+    assert "trained together with" not in (tmp_path / "adapter" / "README.md").read_text()
+    capsys.readouterr()
+    words = ["--model_name_or_path", merged, "--test_file", samples, "--output_dir", tmp_path / "eval"]
+    assert seal("evaluate", *words, "--adapters", merged / "seal_adapter") == 1
+    assert "were in the training data of 'seal_adapter'" in error_of(capsys)
 
 
 @pytest.mark.parametrize("sites", [("query",), ("output", "query")])
