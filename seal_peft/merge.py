@@ -20,7 +20,7 @@ from peft.config import PeftConfig
 
 from .card import write_card
 from .files import read_json
-from .folders import check_place
+from .folders import REST, check_place
 from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer
 from .resume import FINISHED
 from .together import check_together, split_together
@@ -30,9 +30,6 @@ from .tuner.reading import read_adapter
 from .tuner.saving import disk_is_full, share_as
 
 logger = logging.getLogger(__name__)
-
-# Folder, inside that of the merged model, of an adapter with what was not merged.
-REST = "seal_adapter"
 
 
 @dataclass
