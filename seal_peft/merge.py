@@ -127,8 +127,8 @@ def _rest(arguments: MergeArguments, adapters: list[str], configs: list[PeftConf
     others = any(config.peft_type != "SEAL" for config in configs)
     if rests and not others and not {site for sites in sites_of for site in sites} & set(merged):
         raise ValueError(
-            f"--sites {' '.join(merged)} would merge nothing: {arguments.adapter} has scales at "
-            f"{' and '.join(rests[0].sites)} alone. Name a site that it has, or leave --sites out."
+            f"--sites {' '.join(merged)} would merge nothing: {arguments.adapter} has scales at {rests[0].sites[0]} "
+            f"alone. Merge them with --sites {rests[0].sites[0]}, or go on with the adapter as it is."
         )
     if len(rests) > 1:
         raise ValueError(

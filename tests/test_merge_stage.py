@@ -168,7 +168,9 @@ def test_sites_that_leave_all_or_scales_of_two_adapters_are_refused_before_a_mod
     (model / "model.safetensors").unlink()
     out = ["--output_dir", tmp_path / "merged"]
     assert seal("merge", "--adapter", tmp_path / "adapter", "--sites", "query", *out) == 1
-    assert f"--sites query would merge nothing: {tmp_path / 'adapter'} has scales at output alone" in error_of(capsys)
+    assert f"--sites query would merge nothing: {tmp_path / 'adapter'} has scales at output alone. Merge" in error_of(
+        capsys
+    )
     both = f"{tmp_path / 'adapter'}+{tmp_path / 'heads'}"
     assert seal("merge", "--adapter", both, "--sites", "query", *out) == 1
     assert "--sites query leaves scales of 2 adapters, and a merged model takes one" in error_of(capsys)
