@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from peft.config import PeftConfig
+from torch import Tensor
 
 from .card import write_card
 from .files import read_json
@@ -24,10 +25,10 @@ from .folders import REST, check_place
 from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer
 from .resume import FINISHED
 from .together import check_together, split_together
-from .tuner import SealLayer, save_adapter
+from .tuner import SealLayer
 from .tuner.config import Site, check_sites
 from .tuner.reading import read_adapter
-from .tuner.saving import disk_is_full, share_as
+from .tuner.saving import disk_is_full, part_at, share_as, write_adapter
 
 logger = logging.getLogger(__name__)
 
@@ -94,13 +95,14 @@ def merge(arguments: MergeArguments) -> Path:
         check_adapter(base, adapter)
     tokenizer = load_tokenizer(base)
     model = load_adapter(load_model(base, arguments.dtype), *adapters)
+    apart = _take_out(model, rest.sites) if rest else None
+    merged = model.merge_and_unload(progressbar=True, safe_merge=True)
     with _appearing(target) as folder:
-        if rest:
-            _set_apart(model, rest, folder / REST, target)
-        merged = model.merge_and_unload(progressbar=True, safe_merge=True)
         merged.save_pretrained(folder)
         share_as(folder / "config.json", folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)
+        if rest and apart:
+            _write_rest(folder / REST, rest, *apart, base=target)
     if rest:
         logger.warning(
             "Scales at %s are not in the merged model; they stay an adapter of it: %s.",
@@ -138,24 +140,29 @@ def _rest(arguments: MergeArguments, adapters: list[str], configs: list[PeftConf
     return rests[0] if rests else None
 
 
-def _set_apart(model: Any, rest: _Rest, folder: Path, target: Path) -> None:
-    """Move what is not merged out of the model, into an adapter of the merged one, with the record of its training."""
-    name = next(n for n, config in model.peft_config.items() if set(getattr(config, "sites", ())) & set(rest.sites))
+def _take_out(model: Any, sites: list[Site]) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Take out of the model what is not merged, and return it as an adapter of its own."""
+    name = next(n for n, config in model.peft_config.items() if set(getattr(config, "sites", ())) & set(sites))
     layers = {
         key.removesuffix(".base_layer"): layer
         for key, layer in model.get_base_model().named_modules()
-        if isinstance(layer, SealLayer) and layer.site in rest.sites and name in layer.seal_delta
+        if isinstance(layer, SealLayer) and layer.site in sites and name in layer.seal_delta
     }
     if inside := next((key for key, layer in layers.items() if layer.outer_layers), None):
         raise ValueError(
-            f"The scales at {', '.join(rest.sites)} cannot stay an adapter: the other adapter is on the same module "
+            f"The scales at {', '.join(sites)} cannot stay an adapter: the other adapter is on the same module "
             f"({inside}), and once it is merged, they would scale it, too. Leave --sites out: this model takes all of "
             "it into its weights."
         )
-    model.peft_config[name].base_model_name_or_path = str(target.resolve())
-    save_adapter(model, folder, name, rest.sites)
+    apart = part_at(model, name, sites)
     for layer in layers.values():
         del layer.seal_delta[name]
+    return apart
+
+
+def _write_rest(folder: Path, rest: _Rest, config: PeftConfig, weights: dict[str, Tensor], base: Path) -> None:
+    config.base_model_name_or_path = str(base.resolve())
+    write_adapter(folder, config, weights)
     record = Path(rest.adapter) / FINISHED
     if record.is_file():  # `evaluate` refuses to score on the samples in it
         shutil.copy(record, folder)

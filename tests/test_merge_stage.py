@@ -126,11 +126,13 @@ def test_lora_and_output_scales_merge_under_query_scales_that_stay_an_adapter(
     sites: tuple[Site, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, pair = save_pair(tmp_path, norm=True, sites=sites)
-    words = ["--adapter", f"{tmp_path / 'style'}+{tmp_path / 'heads'}", "--output_dir", tmp_path / "merged"]
+    merged = tmp_path / "new" / "merged"
+    words = ["--adapter", f"{tmp_path / 'style'}+{tmp_path / 'heads'}", "--output_dir", merged]
     assert seal("merge", *words) == 1
     assert "`seal-peft merge --sites output`" in error_of(capsys)
+    assert not (tmp_path / "new").exists()
     assert seal("merge", *words, "--sites", "output") == 0
-    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "merged" / "seal_adapter", dtype=torch.float32)
+    loaded = AutoPeftModelForCausalLM.from_pretrained(merged / "seal_adapter", dtype=torch.float32)
     assert loaded.peft_config["default"].sites == ("query",)
     torch.testing.assert_close(models.logits(loaded), models.logits(pair), rtol=0, atol=2e-5)
 
