@@ -11,6 +11,8 @@ _FILES = {
     "heads": ("heads.json", "gradient.json", "pruning.json", "retrieval.json", "direct_effect.json"),
     "merge": ("config.json", "model*.safetensors"),
 }
+# Folder, inside that of a merged model, of an adapter with what was not merged.
+REST = "seal_adapter"
 
 
 def check_place(path: Path) -> None:

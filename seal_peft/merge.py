@@ -14,20 +14,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
-from .folders import check_place
+from peft.config import PeftConfig
+from torch import Tensor
+
+from .card import write_card
+from .files import read_json
+from .folders import REST, check_place
 from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer
+from .resume import FINISHED
 from .together import check_together, split_together
-from .tuner import save_adapter
+from .tuner import SealLayer
 from .tuner.config import Site, check_sites
 from .tuner.reading import read_adapter
-from .tuner.saving import disk_is_full, share_as
+from .tuner.saving import disk_is_full, part_at, share_as, write_adapter
 
 logger = logging.getLogger(__name__)
-
-# Folder, inside that of the merged model, of an adapter with what was not merged.
-REST = "seal_adapter"
 
 
 @dataclass
@@ -68,8 +71,9 @@ def merge(arguments: MergeArguments) -> Path:
 
     Raises:
         ValueError: The output folder exists already, or the adapter is broken, of another base, or needs Self-Extend,
-            which no engine would apply to the plain model; raised before any model is loaded. Or the model cannot take
-            scales of one of the sites into its weights.
+            which no engine would apply to the plain model; or `sites` leave scales of several adapters, or all there
+            is; raised before any model is loaded. Or the model cannot take scales of one of the sites into its
+            weights, or what `sites` leave would scale a LoRA that is merged.
         OSError: The folder cannot be written. Nothing is left of it.
     """
     target = Path(arguments.output_dir)
@@ -85,31 +89,84 @@ def merge(arguments: MergeArguments) -> Path:
             "engine would run the merged model without it. Keep the adapter, or train one under rope_parameters such "
             "as YaRN, which config.json carries. In Python, `merge_and_unload()` keeps it in force in memory."
         )
-    merged_sites = check_sites(arguments.sites)
-    rest = [site for config in configs for site in getattr(config, "sites", ()) if site not in merged_sites]
-    if rest and len(adapters) > 1:
-        raise ValueError(f"--sites leaves scales at {', '.join(rest)} as an adapter, which takes one --adapter alone.")
+    rest = _rest(arguments, adapters, configs)
     base = arguments.model_name_or_path or base_of_adapter(configs[0], adapters[0])
     for adapter in adapters:
         check_adapter(base, adapter)
     tokenizer = load_tokenizer(base)
     model = load_adapter(load_model(base, arguments.dtype), *adapters)
-    if not rest:
-        merged = model.merge_and_unload(progressbar=True, safe_merge=True)
+    apart = _take_out(model, rest.sites) if rest else None
+    merged = model.merge_and_unload(progressbar=True, safe_merge=True)
     with _appearing(target) as folder:
-        if rest:
-            model.peft_config["default"].base_model_name_or_path = str(target.resolve())
-            save_adapter(model, folder / REST, sites=rest)
-            model.merge_adapter(safe_merge=True, sites=merged_sites)
-            merged = model.unload()
         merged.save_pretrained(folder)
         share_as(folder / "config.json", folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)
+        if rest and apart:
+            _write_rest(folder / REST, rest, *apart, base=target)
     if rest:
         logger.warning(
-            "Scales at %s are not in the merged model; they stay an adapter of it: %s.", ", ".join(rest), target / REST
+            "Scales at %s are not in the merged model; they stay an adapter of it: %s.",
+            *(", ".join(rest.sites), target / REST),
         )
     return target
+
+
+class _Rest(NamedTuple):
+    """What is not merged: the scales of one adapter at some sites."""
+
+    adapter: str
+    sites: list[Site]
+
+
+def _rest(arguments: MergeArguments, adapters: list[str], configs: list[PeftConfig]) -> _Rest | None:
+    merged = check_sites(arguments.sites)
+    sites_of = [getattr(config, "sites", ()) for config in configs]
+    rests = [
+        _Rest(adapter, left)
+        for adapter, sites in zip(adapters, sites_of, strict=True)
+        if (left := [site for site in sites if site not in merged])
+    ]
+    others = any(config.peft_type != "SEAL" for config in configs)
+    if rests and not others and not {site for sites in sites_of for site in sites} & set(merged):
+        raise ValueError(
+            f"--sites {' '.join(merged)} would merge nothing: {arguments.adapter} has scales at {rests[0].sites[0]} "
+            f"alone. Merge them with --sites {rests[0].sites[0]}, or go on with the adapter as it is."
+        )
+    if len(rests) > 1:
+        raise ValueError(
+            f"--sites {' '.join(merged)} leaves scales of {len(rests)} adapters, and a merged model takes one in its "
+            f"folder {REST}. Merge one after the other, each into the model before it (--model_name_or_path)."
+        )
+    return rests[0] if rests else None
+
+
+def _take_out(model: Any, sites: list[Site]) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Take out of the model what is not merged, and return it as an adapter of its own."""
+    name = next(n for n, config in model.peft_config.items() if set(getattr(config, "sites", ())) & set(sites))
+    layers = {
+        key.removesuffix(".base_layer"): layer
+        for key, layer in model.get_base_model().named_modules()
+        if isinstance(layer, SealLayer) and layer.site in sites and name in layer.seal_delta
+    }
+    if inside := next((key for key, layer in layers.items() if layer.outer_layers), None):
+        raise ValueError(
+            f"The scales at {', '.join(sites)} cannot stay an adapter: the other adapter is on the same module "
+            f"({inside}), and once it is merged, they would scale it, too. Leave --sites out: this model takes all of "
+            "it into its weights."
+        )
+    apart = part_at(model, name, sites)
+    for layer in layers.values():
+        del layer.seal_delta[name]
+    return apart
+
+
+def _write_rest(folder: Path, rest: _Rest, config: PeftConfig, weights: dict[str, Tensor], base: Path) -> None:
+    config.base_model_name_or_path = str(base.resolve())
+    write_adapter(folder, config, weights)
+    record = Path(rest.adapter) / FINISHED
+    if record.is_file():  # `evaluate` refuses to score on the samples in it
+        shutil.copy(record, folder)
+        write_card(folder, read_json(record))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +12,14 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from .data import check_window, has_position_table, prompt_hash, read_samples, trained_prompts, window_of
+from .folders import REST
 from .loading import check_adapter, load_config, load_tokenizer
 from .reach import reach
 from .tasks import Sample, get_task
 from .together import split_together
 from .tokens import encode_question
+
+logger = logging.getLogger(__name__)
 
 BASE = "base"
 
@@ -177,6 +181,8 @@ def check_held_out(systems: Sequence[System], samples: Sequence[Sample], test_fi
 def check_system(system: System, longest: int, beyond: bool) -> int | None:
     """Make sure, without any weights, that a system can be loaded and reads samples as long as these.
 
+    A merged model that goes without the scales that were not merged into it is warned about.
+
     Args:
         system: What is to answer.
         longest: Tokens of the longest prompt with its right answer.
@@ -189,6 +195,12 @@ def check_system(system: System, longest: int, beyond: bool) -> int | None:
         ValueError: The adapter is broken or made for another model, or the samples are too long.
     """
     config: Any = load_config(system.model)
+    if system.name != BASE and not system.adapters and (rest := Path(system.model) / REST).is_dir():
+        logger.warning(
+            "System %r is the model without the scales that were not merged into it (%s). With them it is "
+            "--model_name_or_path %s --adapters %s.",
+            *(system.name, rest, system.model, rest),
+        )
     window = window_of(config)
     for adapter in system.adapters:
         adapted = check_adapter(system.model, adapter)

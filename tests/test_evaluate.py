@@ -80,6 +80,21 @@ def test_lora_and_seal_answer_together_as_their_merged_model_does(house: Path, e
         assert answers["seal", sample.id] == alone["seal", sample.id]
 
 
+def test_a_merged_model_without_the_scales_that_were_not_merged_is_warned_about(
+    own_house: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    merged = own_house / "merged"
+    rest = Path(shutil.copytree(own_house / "seal", merged / "seal_adapter"))
+    asked = str(own_house / "test.jsonl")
+    evaluate(EvaluateArguments(str(merged), asked, str(tmp_path / "with"), adapters=[str(rest)], max_new_tokens=2))
+    assert "not merged" not in caplog.text
+    evaluate_in(own_house, tmp_path / "without", (), models=[f"half={merged}"])
+    assert (
+        f"System 'half' is the model without the scales that were not merged into it ({rest}). With them it is "
+        f"--model_name_or_path {merged} --adapters {rest}."
+    ) in caplog.messages
+
+
 def test_answers_are_those_of_plain_greedy_generation(house: Path, everyone: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(house / "model")
     base = AutoModelForCausalLM.from_pretrained(house / "model", dtype=torch.float32)

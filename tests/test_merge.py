@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import IA3Config, LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.testing import assert_close
 from transformers.pytorch_utils import Conv1D
@@ -159,6 +160,40 @@ def test_merging_a_second_time_warns_and_changes_nothing():
     with pytest.warns(UserWarning, match="All adapters are already merged, nothing to do"):
         model.merge_adapter()
     assert torch.equal(logits(model), merged)
+
+
+@pytest.mark.parametrize("beside_lora", [False, True])
+def test_what_one_site_left_is_merged_without_a_word_of_what_is_merged_already(beside_lora):
+    model = adapted(sites=("output", "query"), init_weights=False)
+    if beside_lora:
+        lora = LoraConfig(target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+        model = add_beside(model, lora, "lora").eval()
+        model.merge_adapter(["lora"])
+    before = logits(model)
+    model.merge_adapter(["default"], sites=["output"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.merge_adapter()
+    assert all(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer))
+    assert_close(logits(model), before, rtol=0, atol=2e-5)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.merge_adapter()
+        model.merge_adapter(["default"], sites=["query"])
+    assert [str(one.message) for one in caught] == ["All adapters are already merged, nothing to do."] * 2
+    assert {one.filename for one in caught} == {__file__}
+
+
+def test_only_sites_that_what_is_merged_has_can_be_merged():
+    model = add_beside(adapted(init_weights=False), LoraConfig(target_modules=["q_proj"]), "lora")
+    for names, sites, there in (
+        (None, ["query"], "output"),
+        (["default"], ["output", "query"], "output"),
+        (["lora"], ["output"], "no site"),
+    ):
+        with pytest.raises(ValueError, match=rf"is not allowed. What is to be merged has scales at {there}; give"):
+            model.merge_adapter(names, sites=sites)
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, BaseTunerLayer))
 
 
 def test_unmerging_what_is_not_merged_warns():

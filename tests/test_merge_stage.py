@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, get_peft_model
+import transformers as tf
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import models
 from faults import die, in_a_process_of_its_own
-from seal_peft import SealConfig
+from seal_peft import SealConfig, add_beside
 from seal_peft.loading import load_adapter, load_model
 from seal_peft.merge import MergeArguments, merge
-from stages import error_of, save_model, seal
+from seal_peft.tuner.config import Site
+from stages import error_of, save_model, save_samples, seal
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +60,24 @@ def test_only_the_attention_outputs_of_the_base_change(house: Path, tmp_path: Pa
         assert torch.equal(merged[name], base[name]) != ("o_proj" in name), name
 
 
+def save_pair(folder: Path, norm: bool, sites: tuple[Site, ...] = ("output", "query")) -> tuple[Path, PeftModel]:
+    """Save LoRA and scales that compute together, on a model whose heads share a norm of queries or on one without."""
+    model = save_model(folder / "model")
+    if norm:
+        qwen3 = models.causal(
+            tf.Qwen3Config, head_dim=models.HEAD_DIM, vocab_size=len(AutoTokenizer.from_pretrained(model))
+        )
+        qwen3.save_pretrained(model)
+    base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    lora = LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj", "o_proj"], init_lora_weights=False)
+    pair = add_beside(get_peft_model(base, lora, "style"), SealConfig(sites=sites), "heads").eval()
+    models.draw_scales(pair, "heads")
+    for config in pair.peft_config.values():
+        config.base_model_name_or_path = str(model)
+    pair.save_pretrained(str(folder))
+    return model, pair
+
+
 def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -78,6 +98,55 @@ def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(
     loaded = AutoPeftModelForCausalLM.from_pretrained(rest, dtype=torch.float32)
     assert loaded.peft_config["default"].sites == ("query",)
     torch.testing.assert_close(models.logits(loaded), models.logits(adapted), rtol=0, atol=1e-5)
+    assert "are not recorded" in (rest / "README.md").read_text()
+
+
+def test_what_is_not_merged_keeps_the_record_of_its_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    samples, merged = save_samples(tmp_path / "train.jsonl", num_samples=2), tmp_path / "merged"
+    words = ["--model_name_or_path", save_model(tmp_path / "model"), "--train_file", samples, "--max_steps", 1]
+    sites = ["--sites", "output", "query", "--granularity", "head"]
+    assert seal("train", *words, *sites, "--dtype", "float32", "--output_dir", tmp_path / "adapter") == 0
+    words = ["--adapter", tmp_path / "adapter", "--output_dir", merged]
+    assert seal("merge", *words, "--sites", "output") == 0
+    card = (merged / "seal_adapter" / "README.md").read_text()
+    assert "| sites | query |" in card
+    assert "| trained together with | scales at output, which the base model holds merged |" in card
+    assert "| lengths | 400 tokens |" in card and "not recorded" not in card
+    assert "trained together with" not in (tmp_path / "adapter" / "README.md").read_text()
+    capsys.readouterr()
+    words = ["--model_name_or_path", merged, "--test_file", samples, "--output_dir", tmp_path / "eval"]
+    assert seal("evaluate", *words, "--adapters", merged / "seal_adapter") == 1
+    assert "were in the training data of 'seal_adapter'" in error_of(capsys)
+
+
+@pytest.mark.parametrize("sites", [("query",), ("output", "query")])
+def test_lora_and_output_scales_merge_under_query_scales_that_stay_an_adapter(
+    sites: tuple[Site, ...], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, pair = save_pair(tmp_path, norm=True, sites=sites)
+    merged = tmp_path / "new" / "merged"
+    words = ["--adapter", f"{tmp_path / 'style'}+{tmp_path / 'heads'}", "--output_dir", merged]
+    assert seal("merge", *words) == 1
+    assert "`seal-peft merge --sites output`" in error_of(capsys)
+    assert not (tmp_path / "new").exists()
+    assert seal("merge", *words, "--sites", "output") == 0
+    loaded = AutoPeftModelForCausalLM.from_pretrained(merged / "seal_adapter", dtype=torch.float32)
+    assert loaded.peft_config["default"].sites == ("query",)
+    torch.testing.assert_close(models.logits(loaded), models.logits(pair), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(("merged", "module"), [("output", "q_proj"), ("query", "o_proj")])
+def test_scales_stay_no_adapter_of_a_model_whose_lora_they_would_scale(
+    merged: str, module: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_pair(tmp_path, norm=False)
+    words = ["--adapter", f"{tmp_path / 'heads'}+{tmp_path / 'style'}", "--output_dir", tmp_path / "merged"]
+    assert seal("merge", *words, "--sites", merged) == 1
+    assert f"(model.layers.0.self_attn.{module}), and once it is merged, they would scale it" in error_of(capsys)
+    assert not (tmp_path / "merged").exists()
+    assert seal("merge", *words) == 0
 
 
 @pytest.mark.parametrize(("asked", "stored"), [("stored", "bfloat16"), ("float32", "float32")])
@@ -93,12 +162,20 @@ def test_the_merged_model_has_the_dtype_of_the_base_unless_asked(
     assert {str(weight.dtype) for weight in load_file(merged / "model.safetensors").values()} == {f"torch.{stored}"}
 
 
-def test_adapters_that_are_merged_together_leave_no_rest(
-    house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_sites_that_leave_all_or_scales_of_two_adapters_are_refused_before_a_model_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    both = f"{house / 'adapter'}+{house / 'adapter'}"
-    assert seal("merge", "--adapter", both, "--sites", "query", "--output_dir", tmp_path / "merged") == 1
-    assert "--sites leaves scales at output, output" in error_of(capsys)
+    model, _ = save_pair(tmp_path, norm=False)
+    save_adapter(tmp_path, model)
+    (model / "model.safetensors").unlink()
+    out = ["--output_dir", tmp_path / "merged"]
+    assert seal("merge", "--adapter", tmp_path / "adapter", "--sites", "query", *out) == 1
+    assert f"--sites query would merge nothing: {tmp_path / 'adapter'} has scales at output alone. Merge" in error_of(
+        capsys
+    )
+    both = f"{tmp_path / 'adapter'}+{tmp_path / 'heads'}"
+    assert seal("merge", "--adapter", both, "--sites", "query", *out) == 1
+    assert "--sites query leaves scales of 2 adapters, and a merged model takes one" in error_of(capsys)
 
 
 # --- faults --------------------------------------------------------------------------------------------------------

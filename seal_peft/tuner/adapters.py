@@ -1,14 +1,16 @@
-"""Adapters as things to adjust and combine: strength, weighted sums, and swapping one for another in place."""
+"""Adapters as things to adjust and combine: strength, weighted sums, swapping in place, and what is left to merge."""
 
 from __future__ import annotations
 
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, PeftType, load_peft_weights
 from torch import nn
 
@@ -163,6 +165,39 @@ def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Seque
             offset = layer.values(name)
             total += weight * (offset if offset.dim() == target.dim() else offset.unsqueeze(-1))
     target.copy_(total)
+
+
+def layers_to_merge(
+    model: nn.Module, adapter_names: list[str] | None, sites: Sequence[Site] | None
+) -> list[BaseTunerLayer]:
+    """Return the layers, of all methods, that hold something of adapters that is not merged yet; warn if none does.
+
+    Args:
+        model: The model inside of the PEFT model.
+        adapter_names: Adapters to merge; `None` for the active ones.
+        sites: Only SEAL's layers at these sites; `None` for all.
+
+    Raises:
+        ValueError: None of the adapters has scales at one of `sites`.
+    """
+    held: dict[BaseTunerLayer, set[str]] = {
+        layer: layer._get_available_adapters() & set(layer.active_adapters if adapter_names is None else adapter_names)
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
+    if sites is not None:
+        found = {layer.site for layer, names in held.items() if names and isinstance(layer, SealLayer)}
+        if set(sites) - found:
+            there = ", ".join(sorted(found)) or "no site"
+            raise ValueError(
+                f"sites={sites!r} is not allowed. What is to be merged has scales at {there}; give a list of some of "
+                "its sites, or leave sites out to merge all of it."
+            )
+        held = {layer: names for layer, names in held.items() if getattr(layer, "site", None) in sites}
+    left = [layer for layer, names in held.items() if names - set(layer.merged_adapters)]
+    if not left and any(held.values()):
+        warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
+    return left
 
 
 def _check_same_heads(saved: Any, own: Any, model_id: object) -> None:

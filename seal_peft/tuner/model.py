@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..context.switch import position_switch
 from . import joint, positions
-from .adapters import check_weighted, weighted_config, write_weighted_sum
+from .adapters import check_weighted, layers_to_merge, weighted_config, write_weighted_sum
 from .beside import check_free_name, seal_inside, surround, tuner_layers
 from .chosen import keep_chosen
 from .config import SealConfig, Site, check_sites
@@ -156,17 +156,13 @@ class SealModel(BaseTuner):
                 the adapters hold, those of other methods too.
 
         Raises:
-            ValueError: Something cannot be merged; nothing has been.
+            ValueError: Something cannot be merged, or there are no scales at one of `sites`; nothing has been merged.
         """
-        if sites is None:
-            self._check_layers(adapter_names, get_args(Site))
-            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-            return
-        self._check_layers(adapter_names, check_sites(sites))
-        for layer in self.model.modules():
-            if isinstance(layer, Linear) and layer.site in sites:
-                with onload_layer(layer):
-                    layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+        self._check_layers(adapter_names, get_args(Site) if sites is None else check_sites(sites))
+        self._check_merge_allowed()
+        for layer in layers_to_merge(self.model, adapter_names, sites):
+            with onload_layer(layer):
+                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
 
     def unmerge_adapter(self) -> None:
         """Take all that is merged out of the weights again; layers without are passed by, a model without warns."""

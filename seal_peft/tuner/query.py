@@ -109,8 +109,8 @@ class QueryNorm(QueryLinear):
                 f"Query scales cannot be merged into this model's {type(norm).__name__}: it has {held}, not one "
                 f"factor for each channel of all {self.geometry.num_heads} heads. They stay an adapter. Output scales "
                 "merge alone: `seal-peft merge --sites output` keeps the others as an adapter beside the model; in "
-                "Python, `model.merge_adapter(sites=['output'])` and `seal_peft.save_adapter(model, folder, "
-                "sites=['query'])`."
+                "Python, `seal_peft.save_adapter(model, folder, sites=['query'])`, "
+                "`model.merge_adapter(sites=['output'])` and `model.unload().save_pretrained(merged)`."
             )
 
     @torch.no_grad()

@@ -71,7 +71,7 @@ def save_adapter(
             "calls are saved by its `model.save_pretrained(folder)`."
         )
     if sites is not None:
-        return write_adapter(folder, *_part(model, adapter_name, sites))
+        return write_adapter(folder, *part_at(model, adapter_name, sites))
     with _replacing(Path(folder)) as new:
         card = Path(folder) / _CARD
         if card.is_file():
@@ -146,8 +146,17 @@ def discard_save(folder: str | os.PathLike[str]) -> None:
     shutil.rmtree(Path(folder) / _COMMITTED, ignore_errors=True)
 
 
-def _part(model: Any, adapter_name: str, sites: Sequence[str]) -> tuple[PeftConfig, dict[str, Tensor]]:
-    """Take the scales at some sites out of an adapter, with a config that asks for no others."""
+def part_at(model: Any, adapter_name: str, sites: Sequence[str]) -> tuple[PeftConfig, dict[str, Tensor]]:
+    """Return the scales of an adapter at some of its sites, as config and weights of an adapter of its own.
+
+    Args:
+        model: A `PeftModel`.
+        adapter_name: Which adapter.
+        sites: Sites at which it has scales.
+
+    Raises:
+        ValueError: It is not there, has no scales at one of `sites`, or trains whole modules, too.
+    """
     config = model.peft_config.get(adapter_name)
     if config is None:
         raise ValueError(f"There is no adapter named {adapter_name!r}. The model has: {', '.join(model.peft_config)}.")
