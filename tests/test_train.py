@@ -410,7 +410,7 @@ def test_samples_beyond_the_window_are_refused_before_the_model_is_loaded(
         *("--output_dir", tmp_path / "out"),
     )
     assert "window of this model is 300 tokens" in error
-    assert "YaRN" in error
+    assert "`seal-peft advise --length" in error
     assert not (tmp_path / "out").exists()
 
 
