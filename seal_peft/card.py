@@ -203,7 +203,7 @@ def _trained_rows(config: dict[str, Any], run: dict[str, Any], numbers: str) -> 
         rows.append(["chosen heads", ", ".join(chosen)])
     if run:
         settings = run["training_arguments"]
-        if merged := [site for site in run["arguments"].get("sites", []) if site not in sites]:
+        if merged := run.get("merged_sites"):
             rows.append(["trained together with", f"scales at {', '.join(merged)}, which the base model holds merged"])
         rows += [
             ["samples", f"{run['samples']}; tasks {_listed(run.get('tasks'))}; {run['tokens']:,} tokens in all"],

@@ -20,7 +20,7 @@ from peft.config import PeftConfig
 from torch import Tensor
 
 from .card import write_card
-from .files import read_json
+from .files import read_json, write_json
 from .folders import REST, check_place
 from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer
 from .resume import FINISHED
@@ -90,6 +90,7 @@ def merge(arguments: MergeArguments) -> Path:
             "as YaRN, which config.json carries. In Python, `merge_and_unload()` keeps it in force in memory."
         )
     rest = _rest(arguments, adapters, configs)
+    record = _record_of(rest.adapter) if rest else {}
     base = arguments.model_name_or_path or base_of_adapter(configs[0], adapters[0])
     for adapter in adapters:
         check_adapter(base, adapter)
@@ -102,7 +103,7 @@ def merge(arguments: MergeArguments) -> Path:
         share_as(folder / "config.json", folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)
         if rest and apart:
-            _write_rest(folder / REST, rest, *apart, base=target)
+            _write_rest(folder / REST, record, *apart, base=target)
     if rest:
         logger.warning(
             "Scales at %s are not in the merged model; they stay an adapter of it: %s.",
@@ -160,13 +161,23 @@ def _take_out(model: Any, sites: list[Site]) -> tuple[PeftConfig, dict[str, Tens
     return apart
 
 
-def _write_rest(folder: Path, rest: _Rest, config: PeftConfig, weights: dict[str, Tensor], base: Path) -> None:
+def _record_of(adapter: str) -> dict[str, Any]:
+    """What `train` wrote about an adapter, if it did; `evaluate` refuses to score on the samples in it."""
+    path = Path(adapter) / FINISHED
+    record = read_json(path) if path.is_file() else {}
+    return record if isinstance(record, dict) and "training_arguments" in record else {}
+
+
+def _write_rest(
+    folder: Path, record: dict[str, Any], config: PeftConfig, weights: dict[str, Tensor], base: Path
+) -> None:
     config.base_model_name_or_path = str(base.resolve())
     write_adapter(folder, config, weights)
-    record = Path(rest.adapter) / FINISHED
-    if record.is_file():  # `evaluate` refuses to score on the samples in it
-        shutil.copy(record, folder)
-        write_card(folder, read_json(record))
+    if record:
+        left: Any = config
+        record = {**record, "merged_sites": [site for site in get_args(Site) if site not in left.sites]}
+        write_json(folder / FINISHED, record)
+        write_card(folder, record)
 
 
 @contextmanager

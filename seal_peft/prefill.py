@@ -98,7 +98,9 @@ def prefill(model: Any, prompts: Sequence[list[int]], groups: Sequence[Sequence[
             if not batch:
                 batch += [read.new_zeros(len(prompts), read.shape[1], width, read.shape[3]) for read in pair]
             for together, read in zip(batch, pair, strict=True):
-                together[list(group), :, width - mask.shape[1] :] = read.masked_fill(~mask[:, None, :, None], 0)
+                together[list(group), :, width - mask.shape[1] :] = read.masked_fill(
+                    ~mask[:, None, :, None].to(read.device), 0
+                )
     cache = DynamicCache(config=model.config)
     for index in list(layers):
         keys, values = layers.pop(index)  # `update` copies them, so they go layer by layer

@@ -10,7 +10,7 @@ import json
 import logging
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -106,10 +106,6 @@ class TrainArguments:
         default=False, metadata={"help": "Replace an adapter or another training that is in --output_dir."}
     )
 
-    def __post_init__(self) -> None:
-        if self.granularity is None:
-            self.granularity = "channel" if "output" in self.sites else "head"
-
 
 @dataclass
 class SealTrainingArguments(TrainingArguments):
@@ -191,6 +187,8 @@ def train(
             f"--memory {arguments.memory} and --activation_checkpointing both say what is kept for the backward pass: "
             "give one of them."
         )
+    if arguments.granularity is None:
+        arguments = replace(arguments, granularity="channel" if "output" in arguments.sites else "head")
     samples = read_samples(arguments.train_file)
     other, config = config, config or _config(arguments)
     pick_dtype(arguments.dtype)

@@ -115,6 +115,12 @@ def test_a_length_that_the_model_reaches_needs_nothing():
     assert (advice.method, advice.settings, advice.reach) == ("none", {}, 128)
 
 
+def test_a_length_that_no_factor_reaches_gets_no_factor():
+    found = by_method(models.llama().config, 10**8)
+    assert found["ntk"].settings is None and found["dynamic"].settings is None
+    assert found["yarn"].reach >= 10**8
+
+
 def test_a_model_that_is_extended_already_is_extended_from_where_it_is():
     config = models.llama(max_position_embeddings=512, rope_parameters=YARN).config
     found = by_method(config, 1024)

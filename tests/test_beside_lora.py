@@ -188,6 +188,18 @@ def test_a_lora_that_took_the_name_of_seal_is_refused_when_used_or_saved(shared,
     assert not list(tmp_path.glob("*.safetensors"))
 
 
+@pytest.mark.parametrize("where", [[3, 9], {"lm_head": [3, 9]}])
+def test_tokens_that_a_lora_trains_merge_beside_scales_that_know_nothing_of_them(where):
+    config = LoraConfig(target_modules=["v_proj"], trainable_token_indices=where, init_lora_weights=False)
+    model = seal_peft.add_beside(get_peft_model(base_model("llama"), config, "style"), SealConfig(), "heads")
+    draw_scales(model)
+    before = logits(model)
+    model.merge_adapter(["style", "heads"])
+    assert_close(logits(model), before, rtol=0, atol=1e-5)
+    model.unmerge_adapter()
+    assert_close(logits(model), before, rtol=0, atol=1e-5)
+
+
 def test_add_beside_says_what_it_cannot_add():
     model = get_peft_model(base_model("llama"), SealConfig(), "heads")
     with pytest.raises(ValueError, match="add_adapter"):

@@ -87,6 +87,7 @@ def test_one_site_merges_and_the_other_becomes_an_adapter_of_the_merged_model(
     models.draw_scales(adapted)
     adapted.peft_config["default"].base_model_name_or_path = str(model)
     adapted.save_pretrained(str(tmp_path / "adapter"))
+    (tmp_path / "adapter" / "run.json").write_text('["a file of another tool"]')
     words = ["--adapter", tmp_path / "adapter", "--output_dir", tmp_path / "merged"]
     assert seal("merge", *words, "--sites", "output") == 0
     rest = tmp_path / "merged" / "seal_adapter"

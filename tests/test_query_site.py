@@ -371,15 +371,29 @@ def test_target_modules_name_output_projections_whatever_the_sites(name, query, 
         assert not seal_layers(base)
 
 
-@pytest.mark.parametrize("name", ["qwen3", "olmo2"])
-def test_a_projection_before_a_norm_is_no_place_for_query_scales(name):
-    base = base_model(name)
+def test_a_projection_before_a_norm_of_each_head_is_no_place_for_query_scales():
+    base = base_model("qwen3")
     with pytest.raises(
         ValueError, match=r"layers\.0\.self_attn\.q_proj would do nothing: .* in q_norm.*Name 'q_norm'"
     ):
         get_peft_model(base, SealConfig(sites=("query",), query_modules=["q_proj"]))
     assert not seal_layers(base)
     get_peft_model(base, SealConfig(sites=("query",), query_modules=["q_norm"]))
+
+
+def test_a_norm_over_all_heads_leaves_scales_before_it_a_meaning():
+    model = get_peft_model(base_model("olmo2"), SealConfig(sites=("query",), query_modules=["q_proj"])).eval()
+    before = logits(model)
+    draw_scales(model)
+    assert (logits(model) - before).abs().max() > 1e-2
+
+
+def test_a_norm_that_was_left_out_is_passed_over():
+    config = tf.InternVLVisionConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=40)
+    for names in (None, ["q_proj"]):
+        settings = {"target_modules": ["projection_layer"], "query_modules": names}
+        model = get_peft_model(tf.InternVLVisionModel(config), SealConfig(sites=BOTH, **settings))
+        assert [name.rpartition(".")[2] for name, _ in seal_layers(model).items()] == ["q_proj", "projection_layer"]
 
 
 def test_a_refused_merge_names_the_norm_by_its_path():

@@ -114,7 +114,7 @@ def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
         quarters = bisect_left(range(_LARGEST), True, lo=least, key=lambda value: holds(value, length))
     except ValueError as error:
         return Advice(kind, None, 0, str(error))
-    if quarters == _LARGEST:
+    if not holds(quarters, length):
         return Advice(kind, None, 0, "whatever its factor, some channels turn to angles that the model has not seen")
     longest = int(quarters * unit / 4)
     beyond = bisect_left(range(longest + 1), True, lo=length, key=lambda tokens: not holds(quarters, tokens))

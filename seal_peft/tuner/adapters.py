@@ -169,8 +169,10 @@ def write_weighted_sum(layer: SealLayer, adapters: Sequence[str], weights: Seque
 
 def layers_to_merge(
     model: nn.Module, adapter_names: list[str] | None, sites: Sequence[Site] | None
-) -> list[BaseTunerLayer]:
+) -> dict[BaseTunerLayer, list[str]]:
     """Return the layers, of all methods, that hold something of adapters that is not merged yet; warn if none does.
+
+    With each are the adapters that it holds, in the order in which they are merged.
 
     Args:
         model: The model inside of the PEFT model.
@@ -180,21 +182,23 @@ def layers_to_merge(
     Raises:
         ValueError: None of the adapters has scales at one of `sites`.
     """
-    held: dict[BaseTunerLayer, set[str]] = {
-        layer: layer._get_available_adapters() & set(layer.active_adapters if adapter_names is None else adapter_names)
-        for layer in model.modules()
-        if isinstance(layer, BaseTunerLayer)
-    }
+    held: dict[BaseTunerLayer, list[str]] = {}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            there = layer._get_available_adapters()
+            held[layer] = [
+                n for n in (layer.active_adapters if adapter_names is None else adapter_names) if n in there
+            ]
     if sites is not None:
         found = {layer.site for layer, names in held.items() if names and isinstance(layer, SealLayer)}
         if set(sites) - found:
-            there = ", ".join(sorted(found)) or "no site"
+            known = ", ".join(sorted(found)) or "no site"
             raise ValueError(
-                f"sites={sites!r} is not allowed. What is to be merged has scales at {there}; give a list of some of "
+                f"sites={sites!r} is not allowed. What is to be merged has scales at {known}; give a list of some of "
                 "its sites, or leave sites out to merge all of it."
             )
         held = {layer: names for layer, names in held.items() if getattr(layer, "site", None) in sites}
-    left = [layer for layer, names in held.items() if names - set(layer.merged_adapters)]
+    left = {layer: names for layer, names in held.items() if set(names) - set(layer.merged_adapters)}
     if not left and any(held.values()):
         warnings.warn("All adapters are already merged, nothing to do.", stacklevel=3)
     return left

@@ -160,9 +160,9 @@ class SealModel(BaseTuner):
         """
         self._check_layers(adapter_names, get_args(Site) if sites is None else check_sites(sites))
         self._check_merge_allowed()
-        for layer in layers_to_merge(self.model, adapter_names, sites):
+        for layer, names in layers_to_merge(self.model, adapter_names, sites).items():
             with onload_layer(layer):
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
+                layer.merge(safe_merge=safe_merge, adapter_names=names)
 
     def unmerge_adapter(self) -> None:
         """Take all that is merged out of the weights again; layers without are passed by, a model without warns."""

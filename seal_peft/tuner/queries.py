@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ def query_name(attention: nn.Module, name: str) -> str:
             "any scale on them. Leave the query site out: sites=('output',)."
         )
     for child in QUERY_NAMES:
-        if children.get(child) is not None:
+        if not isinstance(children.get(child), NoneType | nn.Identity):  # which stands for a norm that was left out
             return child
     raise ValueError(
         f"SEAL does not know where the query of {name} ({type(attention).__name__}) is. Its children: "
@@ -118,11 +119,13 @@ def query_layout(
             f"{name} is a {type(module).__name__}; the query site needs a linear projection or a norm of queries. "
             "Name another module in `query_modules`, or leave the query site out: sites=('output',)."
         )
-    if norms := [norm for norm in _NORMS if attention._modules.get(norm) is not None]:
-        raise ValueError(
-            f"Scales on {name} would do nothing: {type(attention).__name__} normalises its queries in {norms[0]}, "
-            f"which undoes them. Name {norms[0]!r} in `query_modules`, or leave it at None, which finds it."
-        )
+    for norm in _NORMS:
+        weight = getattr(attention._modules.get(norm), "weight", None)
+        if isinstance(weight, Tensor) and weight.numel() == head_dim:  # one over all heads leaves their ratios
+            raise ValueError(
+                f"Scales on {name} would do nothing: {type(attention).__name__} normalises each query head in {norm}, "
+                f"which undoes them. Name {norm!r} in `query_modules`, or leave it at None, which finds it."
+            )
     size = in_out_features(module)[1] or 0
     fused = child in _FUSED
     groups = _groups(attention, name, model_type, num_heads) if fused else 1

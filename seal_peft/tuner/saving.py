@@ -160,9 +160,10 @@ def part_at(model: Any, adapter_name: str, sites: Sequence[str]) -> tuple[PeftCo
     config = model.peft_config.get(adapter_name)
     if config is None:
         raise ValueError(f"There is no adapter named {adapter_name!r}. The model has: {', '.join(model.peft_config)}.")
-    if isinstance(sites, str) or set(sites) - set(config.sites):
+    own = getattr(config, "sites", ())  # another method has none
+    if isinstance(sites, str) or set(sites) - set(own):
         raise ValueError(
-            f"sites={sites!r} is not allowed. Adapter {adapter_name!r} has scales at {config.sites}; give a list of "
+            f"sites={sites!r} is not allowed. Adapter {adapter_name!r} has scales at {own}; give a list of "
             "some of them."
         )
     if config.modules_to_save:
