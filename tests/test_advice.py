@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from transformers import Olmo3Config, Qwen3NextConfig
+from transformers import Qwen3NextConfig
 
 import models
 from seal_peft import SealConfig
@@ -102,7 +102,7 @@ def test_no_text_up_to_the_advised_length_turns_a_channel_to_an_angle_that_the_m
 
 
 def test_a_model_without_weights_that_cannot_be_asked_says_so():
-    config = models.causal(Olmo3Config).config  # its only layers have a sliding window
+    config = models.gemma3(layer_types=["sliding_attention"] * 2).config
     assert all(advice.settings is None for advice in advise(config, 1000))
     assert "has no layer of type 'full_attention'" in by_method(config, 1000)["yarn"].note
     kinds = ["linear_attention", "full_attention"]
