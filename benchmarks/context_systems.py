@@ -33,4 +33,5 @@ def adapter_is_there(folder: Path, system: str) -> bool:
 def by_cost(job: tuple[str, str]) -> tuple[bool, bool]:
     """Sort key of a task and system: long jobs begin first, so that no worker ends long after the others."""
     extension, _ = SYSTEMS[job[1]]
-    return not is_trained(job[1]), extension not in ("self-extend", "dynamic")  # whose prompts are asked one by one
+    # Self-Extend computes more, and under dynamic RoPE prompts are asked one by one.
+    return not is_trained(job[1]), extension not in ("self-extend", "dynamic")

@@ -18,8 +18,8 @@ NTK = {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}
 SELF_EXTEND = {"self_extend": {"group_size": 8, "window": 1024}}
 QUADRANTS = ("Q1=0.9", "Q3=0.9", "Q1=0.9,Q3=1.1")
 
-# Learning rates that were the best of some on SmolLM2 with four contexts a step (scales: results/sites-native.json).
-# The paper's, for 7B models, are 1e-2, 2e-2 and 2e-4.
+# For scales the best of four on SmolLM2 with four contexts a step (results/sites-native.json); LoRA's and DoRA's were
+# not searched so. The paper's, for 7B models, are 1e-2, 2e-2 and 2e-4.
 RATES = {"seal-h": 8e-2, "seal-c": 4e-2, "lora": 1e-3, "dora": 1e-3}
 METHODS = tuple(RATES)
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
