@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -50,7 +51,9 @@ def make_lines(model: str, folder: Path, files: dict[str, list[Part]]) -> None:
 def _lines(model: str, name: str, length: int, contexts: int, questions: int, seed: int) -> list[Sample]:
     numbers = {"lengths": [length], "num_samples": contexts, "questions_per_context": questions, "seed": seed}
     split = "test" if name.startswith("test") else "train"
-    return make_samples("lines", tokenizer=load_tokenizer(model), split=split, **numbers)
+    samples = make_samples("lines", tokenizer=load_tokenizer(model), split=split, **numbers)
+    # Parts of a length differ in their seed alone, which ids do not tell.
+    return [replace(sample, id=f"{sample.id}-{seed}") for sample in samples]
 
 
 @torch.inference_mode()

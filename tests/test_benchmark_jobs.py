@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from pages import filled
+from seal_peft.data import read_samples
 from stages import save_model
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -81,6 +82,12 @@ def test_a_call_that_is_told_to_end_takes_its_workers_along(tmp_path: Path, jobs
     assert signal.getsignal(signal.SIGTERM) == before
     with pytest.raises(ChildProcessError):  # it is dead, and nobody has to wait for it
         os.waitpid(-1, os.WNOHANG)
+
+
+def test_samples_of_one_length_that_were_made_in_several_parts_can_be_read_together(tmp_path: Path, jobs) -> None:
+    jobs.make_lines(str(save_model(tmp_path / "model")), tmp_path, {"mixed": [(400, 2, 1, 0), (400, 2, 1, 50)]})
+    samples = read_samples(tmp_path / "mixed.jsonl")
+    assert len({sample.messages[0]["content"] for sample in samples}) == len(samples) == 4
 
 
 def test_results_name_the_devices_commits_and_versions_of_the_jobs_not_of_the_call_that_brings_them_together(
