@@ -2,16 +2,18 @@
 
 The paper's recipe (one question a context, all at full length, constant learning rate, one context a step) against
 ours, and under ours SEAL-H and SEAL-C, each also with temperatures, IA3, LoRA and DoRA. Every system gets a search
-over as many learning rates, on a third of the training data. The rate with the lowest loss on validation samples is
-trained with all seeds. Adapters are saved at several points of the training, with the clock stopped, and answer 200
-held-out samples; the last one also answers them in another wording. `knobs` changes one setting of our recipe at a
-time, for SEAL-C.
+over as many learning rates, on as many contexts. The rate with the lowest loss on validation samples is trained with
+all seeds. Adapters are saved at several points of the training, with the clock stopped, and answer 200 held-out
+samples; the last one also answers them in another wording.
+
+Our recipe was chosen before: `knobs` trains SEAL-C with one setting changed at a time, each with two learning rates,
+and `choice` lets the better of the two answer validation samples, in both wordings.
 
 Several processes share a GPU, so their seconds are not those of a training: `timing` trains each system once more,
 alone on its GPU and shorter, and the seconds to an accuracy are the tokens to it times seconds per token there.
 
     python benchmarks/time_to_accuracy.py data --work runs/tta                # needs the tokenizer only
-    python benchmarks/time_to_accuracy.py run --phases timing search final knobs --work runs/tta --workers 8
+    python benchmarks/time_to_accuracy.py run --work runs/tta --workers 8
     python benchmarks/time_to_accuracy.py merge --work runs/tta --output results/time-to-accuracy.json
     python benchmarks/time_to_accuracy.py all --size tiny --work runs/tta-tiny  # a trial on a CPU
 
@@ -34,10 +36,10 @@ from typing import Any
 
 import torch
 from jobs import Part, do_jobs, interval_over_seeds, make_lines, mean_loss, score_answers, source_of, spread
-from peft import IA3Config, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
+from time_systems import CENTRE, KNOB_RATES, KNOBS, METHODS, SLOWEST, SYSTEMS, Recipe
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from seal_peft import SealConfig
 from seal_peft.data import read_samples
 from seal_peft.files import write_json
 from seal_peft.loading import load_model, load_tokenizer, unload_adapter
@@ -46,65 +48,13 @@ from seal_peft.report import markdown_table
 from seal_peft.tasks import Sample
 from seal_peft.tokens import AnswerCollator, encode_training
 
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-SCALE_RATES, LORA_RATES = (1e-2, 2e-2, 4e-2, 8e-2), (5e-4, 1e-3, 2e-3, 4e-3)
-METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any], tuple[float, ...]]] = {
-    "seal-h": (SealConfig, {}, SCALE_RATES),
-    "seal-c": (SealConfig, {"granularity": "channel"}, SCALE_RATES),
-    "seal-h+query": (SealConfig, {"sites": ("output", "query")}, SCALE_RATES),
-    "seal-c+query": (SealConfig, {"sites": ("output", "query"), "granularity": "channel"}, SCALE_RATES),
-    "ia3": (IA3Config, {"target_modules": ["o_proj"], "feedforward_modules": ["o_proj"]}, SCALE_RATES),
-    "lora": (LoraConfig, {"r": 4, "target_modules": PROJECTIONS}, LORA_RATES),
-    "dora": (LoraConfig, {"r": 4, "use_dora": True, "target_modules": PROJECTIONS}, LORA_RATES),
-}
 REACHED = (0.90, 0.95)
-SEEDS = {"training": "of each run, also of its samples", "validation samples": 100_000, "test samples": 0}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one system is trained.
-
-    Attributes:
-        method: A key of `METHODS`.
-        data: Name of the file of samples, without its seed.
-        share: Share of these samples that is used.
-        questions: Questions about each context.
-        batch: Contexts for each optimiser step.
-        schedule: Learning rate schedule, as transformers names it.
-        warmup: Steps of warm-up.
-        clip: Norm that gradients are clipped to; 0 does not clip.
-        max_length: Greatest length in tokens that is used.
-    """
-
-    method: str
-    data: str = "mixed"
-    share: float = 1.0
-    questions: int = 8
-    batch: int = 4
-    schedule: str = "cosine"
-    warmup: int = 10
-    clip: float = 1.0
-    max_length: int | None = None
-
-
-PAPER = Recipe("seal-c", "full", questions=1, batch=1, schedule="constant", warmup=0, clip=0.0)
-SYSTEMS = {"paper": PAPER, **{method: Recipe(method) for method in METHODS}}
-OURS = SYSTEMS["seal-c"]
-KNOBS = {
-    "1 question": replace(OURS, questions=1),
-    "2 questions": replace(OURS, questions=2),
-    "4 questions": replace(OURS, questions=4),
-    "full length only": replace(OURS, data="long"),
-    "up to half the length": replace(OURS, max_length=4096),
-    "constant rate": replace(OURS, schedule="constant"),
-    "linear decay": replace(OURS, schedule="linear"),
-    "1 context a step": replace(OURS, batch=1),
-    "2 contexts a step": replace(OURS, batch=2),
-    "8 contexts a step": replace(OURS, batch=8),
-    "no clipping": replace(OURS, clip=0.0),
-    "half of the contexts": replace(OURS, share=0.5),
-    "quarter of the contexts": replace(OURS, share=0.25),
+VALIDATION_SEED, CHOICE_SEED = 100_000, 200_000
+SEEDS = {
+    "training": "of each run, also of its samples",
+    "validation samples": VALIDATION_SEED,
+    "validation samples that are answered": CHOICE_SEED,
+    "test samples": 0,
 }
 
 
@@ -115,9 +65,12 @@ class Size:
     Attributes:
         lengths: Training lengths in tokens; the last one is tested.
         contexts: Training contexts of each.
-        full: Contexts of the paper's recipe, all at the last length.
-        long: Contexts of the knob with the last length only: about as many tokens as ours.
-        valid: Validation contexts.
+        full: Contexts of the paper's recipe, all at the last length: enough to show that ours needs a fifth.
+        long: Contexts of the knobs with the last length only: about as many tokens as ours.
+        valid: Validation contexts, for the loss.
+        choice: Validation samples that knobs answer.
+        searched: Contexts of a training of the search.
+        timed: Contexts of a training whose seconds count.
         seeds: Seeds of data and training.
     """
 
@@ -126,12 +79,15 @@ class Size:
     full: int
     long: int
     valid: int
+    choice: int
+    searched: int
+    timed: int
     seeds: int
 
 
 SIZES = {
-    "full": Size((1024, 2048, 4096, 6144, 8192), 120, 600, 315, 24, 3),
-    "tiny": Size((768, 1024), 4, 6, 6, 2, 1),
+    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 2400, 325, 24, 100, 200, 100, 3),
+    "tiny": Size((1536, 2600), 4, 6, 4, 2, 2, 2, 2, 1),
 }
 
 
@@ -199,13 +155,15 @@ class Bench:
 
     def data(self) -> None:
         """Make all files of samples."""
-        size, longest, questions = self.size, self.size.lengths[-1], OURS.questions
-        files = {"long-0": _parts(longest, size.long, questions, 300)}
+        size, longest, questions = self.size, self.size.lengths[-1], CENTRE.questions
+        most = max(recipe.questions for recipe in KNOBS.values())
+        files = {"long-0": _parts(longest, size.long, most, 300)}
         for seed in range(size.seeds):
             mixed = [part for length in size.lengths for part in _parts(length, size.contexts, questions, seed)]
             files |= {f"mixed-{seed}": mixed, f"full-{seed}": _parts(longest, size.full, 1, seed)}
-        files["valid"] = [(longest, size.valid, 1, SEEDS["validation samples"])]
-        files["test"] = _parts(longest, self.options.num_samples, 1, SEEDS["test samples"])
+        files["valid"] = [(longest, size.valid, 1, VALIDATION_SEED)]
+        files["choice"] = _parts(longest, size.choice, 1, CHOICE_SEED // 1000)
+        files["test"] = _parts(longest, self.options.num_samples, 1, 0)
         make_lines(self.options.model, self.folder, files)
 
     def samples(self, name: str) -> list[Sample]:
@@ -222,11 +180,13 @@ class Bench:
 
     def train(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
         """Train one adapter, unless it is there; return what it cost, point by point."""
-        output = self.path(phase, system, rate, seed)
+        output, recipe = self.path(phase, system, rate, seed), (KNOBS if phase == "knobs" else SYSTEMS)[system]
         if (output / "run.json").is_file():
-            return json.loads((output / "run.json").read_text())
+            run = json.loads((output / "run.json").read_text())
+            if run["recipe"] != asdict(recipe):
+                raise ValueError(f"{output} was trained with {run['recipe']}, not {recipe}: use another --work.")
+            return run
         torch.manual_seed(seed)
-        recipe = (KNOBS if phase == "knobs" else SYSTEMS)[system]
         kind, settings, _ = METHODS[recipe.method]
         base = load_model(self.options.model)
         base.config.use_cache = False
@@ -237,6 +197,7 @@ class Bench:
         trainer = Trainer(model, _arguments(output, recipe, rate, seed), collator, rows, callbacks=[clock])
         trainer.train()
         run = {
+            "recipe": asdict(recipe),
             "points": clock.points,
             "contexts": len(rows),
             "parameters": model.get_nb_trainable_parameters()[0],
@@ -250,10 +211,11 @@ class Bench:
 
     def _training_samples(self, phase: str, recipe: Recipe, seed: int) -> list[Sample]:
         """The samples of a recipe; of shortened trainings the same share of every length."""
-        share = recipe.share * {"search": 1 / 3, "timing": 1 / 6}.get(phase, 1)
-        limit = recipe.max_length or self.size.lengths[-1]
+        samples, limit = self.samples(f"{recipe.data}-{seed}"), recipe.max_length or self.size.lengths[-1]
+        contexts = {"search": self.size.searched, "timing": self.size.timed}.get(phase)
+        share = recipe.share if contexts is None else contexts / len(samples)
         by_length: dict[int, list[Sample]] = {}
-        for sample in self.samples(f"{recipe.data}-{seed}"):
+        for sample in samples:
             by_length.setdefault(sample.length, []).append(first_questions(sample, recipe.questions))
         return [
             sample
@@ -263,7 +225,7 @@ class Bench:
         ]
 
     def test(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
-        """Let the adapter of each point answer, up to the first that reaches the highest accuracy, and the last."""
+        """Let the adapters of a training answer, from its end back to the first that falls short of all accuracies."""
         folder = self.path(phase, system, rate, seed)
         if (folder / "scores.json").is_file():
             return json.loads((folder / "scores.json").read_text())
@@ -271,19 +233,18 @@ class Bench:
         path, known = folder / "scores-so-far.json", {}
         if path.is_file():
             known = json.loads(path.read_text())
-        samples = self.samples("test")
+        samples = self.samples("choice" if phase == "knobs" else "test")
         model: Any = None
-        for name in [*map(str, steps), "reworded"]:
-            done = any(sum(own) >= max(REACHED) * len(own) for key, own in known.items() if key != "reworded")
-            if name in known or (done and name not in (str(steps[-1]), "reworded")):
-                continue
-            model = model or load_model(self.options.model).eval()
-            step = steps[-1] if name == "reworded" else name
-            worn = PeftModel.from_pretrained(model, folder / f"step-{step}").eval()
-            asked = list(map(reworded, samples)) if name == "reworded" else samples
-            known[name] = score_answers(worn, self.tokenizer, asked, self.options.batch_tokens)
-            model = unload_adapter(worn)
-            write_json(path, known)
+        for name in ["reworded", *map(str, reversed(steps))]:
+            if name not in known:
+                model = model or load_model(self.options.model).eval()
+                worn = PeftModel.from_pretrained(model, folder / f"step-{steps[-1] if name == 'reworded' else name}")
+                asked = list(map(reworded, samples)) if name == "reworded" else samples
+                known[name] = score_answers(worn.eval(), self.tokenizer, asked, self.options.batch_tokens)
+                model = unload_adapter(worn)
+                write_json(path, known)
+            if name != "reworded" and sum(known[name]) < min(REACHED) * len(samples):
+                break
         path.rename(folder / "scores.json")
         return known
 
@@ -301,18 +262,20 @@ class Bench:
 
     def jobs(self, phase: str) -> list[tuple[str, str, float, int]]:
         """All jobs of a phase, the longest first."""
-        if phase == "search":
-            rates = [(name, rate) for name, recipe in self.systems.items() for rate in METHODS[recipe.method][2]]
-            return [(phase, name, rate, 0) for name, rate in rates]
-        if phase == "timing":
-            return [(phase, name, METHODS[recipe.method][2][0], 0) for name, recipe in self.systems.items()]
         if phase == "knobs":
-            return [(phase, name, self.best("seal-c"), 0) for name in KNOBS]
-        return [(phase, name, self.best(name), seed) for name in self.systems for seed in range(self.size.seeds)]
+            return [(phase, knob, rate, 0) for knob in KNOBS for rate in KNOB_RATES]
+        if phase == "choice":
+            return [("knobs", knob, self.best(knob), 0) for knob in KNOBS]
+        systems = sorted(self.systems, key=lambda name: name not in SLOWEST)
+        if phase == "search":
+            return [(phase, name, rate, 0) for name in systems for rate in METHODS[SYSTEMS[name].method][2]]
+        if phase == "timing":
+            return [(phase, name, METHODS[SYSTEMS[name].method][2][0], 0) for name in systems]
+        return [(phase, name, self.best(name), seed) for name in systems for seed in range(self.size.seeds)]
 
     def files(self, phase: str) -> dict[Path, Callable[[], object]]:
-        """What the jobs of a phase write last, and how: of those that search or are timed nobody asks for answers."""
-        do, name = (self.train, "run.json") if phase in ("search", "timing") else (self.test, "scores.json")
+        """What the jobs of a phase write last, and how."""
+        do, name = (self.test, "scores.json") if phase in ("final", "choice") else (self.train, "run.json")
         files: dict[Path, Callable[[], object]] = {
             self.path(*job) / name: partial(do, *job) for job in self.jobs(phase)
         }
@@ -322,14 +285,17 @@ class Bench:
         """Files of a phase that are not there yet."""
         return [path for path in self.files(phase) if not path.is_file()]
 
-    def best(self, system: str) -> float:
-        """Learning rate with the lowest validation loss in the search."""
-        rates = METHODS[SYSTEMS[system].method][2]
-        return min(rates, key=lambda rate: self.searched(system, rate)["valid_loss"])
+    def searched(self, name: str) -> dict[float, float]:
+        """Validation loss of a system or knob with each of its learning rates."""
+        knob = name in KNOBS
+        phase, rates = ("knobs", KNOB_RATES) if knob else ("search", METHODS[SYSTEMS[name].method][2])
+        runs = {rate: json.loads((self.path(phase, name, rate, 0) / "run.json").read_text()) for rate in rates}
+        return {rate: run["valid_loss"] for rate, run in runs.items()}
 
-    def searched(self, system: str, rate: float) -> dict[str, Any]:
-        """What a job of the search wrote."""
-        return json.loads((self.path("search", system, rate, 0) / "run.json").read_text())
+    def best(self, name: str) -> float:
+        """Learning rate with the lowest validation loss."""
+        losses = self.searched(name)
+        return min(losses, key=losses.__getitem__)
 
     def work(self, phase: str) -> bool:
         """Do a share of the jobs of one phase; return whether all are done."""
@@ -358,9 +324,9 @@ class Bench:
             entry = finals.setdefault(system, {"rate": rate, "seconds_per_token": seconds_per_token, "runs": []})
             entry["runs"].append({"seed": seed, **self._outcome(phase, system, rate, seed, seconds_per_token)})
         for system, entry in finals.items():
-            runs, rates = entry["runs"], METHODS[SYSTEMS[system].method][2]
-            entry["recipe"], entry["parameters"] = asdict(SYSTEMS[system]), runs[0]["parameters"]
-            entry["search"] = {f"{rate:g}": self.searched(system, rate)["valid_loss"] for rate in rates}
+            runs = entry["runs"]
+            entry["recipe"], entry["parameters"] = [run.pop("recipe") for run in runs][0], runs[0]["parameters"]
+            entry["search"] = {f"{rate:g}": loss for rate, loss in self.searched(system).items()}
             for name in ("last", "reworded"):
                 entry[name] = interval_over_seeds([run.pop(f"{name}_scores") for run in runs])
             for target in map(str, REACHED):
@@ -374,26 +340,35 @@ class Bench:
                     "tokens": _finite(median(tokens)),
                 }
         knobs = {}
-        if "seal-c" in self.systems and not self.left("knobs"):
-            for phase, knob, rate, seed in self.jobs("knobs"):
-                outcome = self._outcome(phase, knob, rate, seed, finals["seal-c"]["seconds_per_token"])
+        if not self.left("knobs") and not self.left("choice"):
+            for phase, knob, rate, seed in self.jobs("choice"):
+                outcome = self._outcome(phase, knob, rate, seed, None)
                 for name in ("last", "reworded"):
                     outcome[name] = interval_over_seeds([outcome.pop(f"{name}_scores")])
-                knobs[knob] = {"recipe": asdict(KNOBS[knob]), "rate": rate, **outcome}
+                search = {f"{rate:g}": loss for rate, loss in self.searched(knob).items()}
+                knobs[knob] = {"rate": rate, "search": search, **outcome}
         base = {name: interval_over_seeds([own]) for name, own in self.base().items()}
         return {"size": asdict(self.size), "base": base, "systems": finals, "knobs": knobs}
 
-    def _outcome(self, phase: str, system: str, rate: float, seed: int, seconds_per_token: float) -> dict[str, Any]:
-        """One training with the accuracy at its points, and where it first reached the accuracies that count."""
+    def _outcome(
+        self, phase: str, system: str, rate: float, seed: int, seconds_per_token: float | None
+    ) -> dict[str, Any]:
+        """One training with the accuracy at its points, and from where on it had the accuracies that count."""
         run, scores = self.train(phase, system, rate, seed), self.test(phase, system, rate, seed)
         points = []
         for point in run["points"]:
             own = scores.get(str(point["step"]))
-            accuracy = None if own is None else sum(own) / len(own)
-            points.append({**point, "seconds": point["tokens"] * seconds_per_token, "accuracy": accuracy})
-        to = {str(t): next((p for p in points if (p["accuracy"] or 0) >= t), None) for t in REACHED}
+            seconds = None if seconds_per_token is None else point["tokens"] * seconds_per_token
+            points.append({**point, "seconds": seconds, "accuracy": None if own is None else sum(own) / len(own)})
+        to = {str(target): _reached(points, target) for target in REACHED}
         ends = {"last_scores": scores[str(points[-1]["step"])], "reworded_scores": scores["reworded"]}
         return {**run, "points": points, "to": to, **ends}
+
+
+def _reached(points: list[dict[str, Any]], target: float) -> dict[str, Any] | None:
+    """The first point from which on no accuracy is below a target."""
+    below = [i for i, point in enumerate(points) if (point["accuracy"] or 0) < target]
+    return next(iter(points[max(below, default=-1) + 1 :]), None)
 
 
 def _parts(length: int, contexts: int, questions: int, seed: int, at_once: int = 50) -> list[Part]:
@@ -456,15 +431,15 @@ def main() -> None:
     """Read the command line and run one verb."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["data", "run", "merge", "all", "work"])
-    phases = ["timing", "search", "final", "knobs"]
+    phases = ["timing", "search", "final", "knobs", "choice"]
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
-    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="knobs need seal-c")
+    parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="of all phases but knobs")
     parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--work", default="runs/tta")
     parser.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy.json"))
     parser.add_argument("--num_samples", type=int, default=200, help="test samples")
-    parser.add_argument("--points", type=int, default=6, help="points of each training at which it is tested")
+    parser.add_argument("--points", type=int, default=10, help="points of each training at which it is tested")
     parser.add_argument("--batch_tokens", type=int, default=100_000, help="tokens that are answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin no job later than this")

@@ -3,6 +3,7 @@
 import argparse
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from seal_peft.data import read_samples
 from stages import save_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-POINTS, SYSTEMS = 2, ["seal-c"]
+POINTS, SYSTEMS, KNOBS = 2, ["seal-c"], ["nothing", "full length only, 32 questions"]
+PHASES = ("timing", "search", "final", "knobs", "choice")
 
 
 @pytest.fixture(scope="module")
@@ -25,12 +27,13 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
 
         folder = tmp_path_factory.mktemp("tta")
         options = {"model": str(save_model(folder / "model")), "work": str(folder / "work"), "size": "tiny"}
-        numbers = {"num_samples": 2, "points": POINTS, "batch_tokens": 2500, "until": float("inf")}
+        numbers = {"num_samples": 2, "points": POINTS, "batch_tokens": 5000, "until": float("inf")}
         patch.setitem(script.METHODS, "seal-c", (*script.METHODS["seal-c"][:2], (0.1, 0.2)))
-        script.SIZES["tiny"] = replace(script.SIZES["tiny"], contexts=2, full=2, long=1)
+        patch.setattr(script, "KNOBS", {name: script.KNOBS[name] for name in KNOBS})
+        script.SIZES["tiny"] = replace(script.SIZES["tiny"], contexts=2, full=2, long=1, choice=1)
         made = script.Bench(argparse.Namespace(**options, **numbers, systems=SYSTEMS, output=folder / "out.json"))
         made.data()
-        for phase in ("timing", "search", "final"):
+        for phase in PHASES:
             made.work(phase)
         script.merge(made)
         yield script, made
@@ -39,40 +42,65 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
 def test_tokens_and_points_are_those_of_the_training(bench):
     script, made = bench
     result = json.loads(made.options.output.read_text())
-    rows = made.rows([script.first_questions(sample, 8) for sample in made.samples("mixed-0")])
+    rows = made.rows([script.first_questions(sample, 16) for sample in made.samples("mixed-0")])
     assert list(result["systems"]) == SYSTEMS
     for entry in result["systems"].values():
         (run,) = entry["runs"]
         assert [point["tokens"] for point in run["points"]][-1] == sum(len(row["input_ids"]) for row in rows)
-        assert len(run["points"]) == 1  # 4 contexts of 4 a step
+        assert len(run["points"]) == POINTS  # 4 contexts, 2 a step
         assert run["points"][0]["seconds"] == run["points"][0]["tokens"] * entry["seconds_per_token"]
         assert entry["rate"] == float(min(entry["search"], key=lambda rate: entry["search"][rate]))
         assert len(entry["search"]) == 2
     main, knobs = filled("results/time-to-accuracy.json", result)
     assert "| seal-c | 96 |" in main
+    assert set(KNOBS) == {line.split(" | ")[0].removeprefix("| ") for line in knobs.strip().splitlines()[2:]}
     assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
 
 
-def test_an_accuracy_counts_from_the_first_point_that_reaches_it(bench, monkeypatch):
+def test_an_accuracy_counts_from_the_first_point_after_which_it_is_never_missed(bench, monkeypatch):
     script, made = bench
-    points = [{"step": n, "tokens": 100 * n, "seconds_shared": 1.0} for n in (1, 2, 3)]
-    monkeypatch.setattr(made, "train", lambda *job: {"points": points})
-    scores = {"1": [1.0] * 8 + [0.0] * 2, "2": [1.0] * 9 + [0.0], "3": [1.0] * 10, "reworded": [0.0] * 10}
+    points = [{"step": n, "tokens": 100 * n, "seconds_shared": 1.0} for n in (1, 2, 3, 4)]
+    monkeypatch.setattr(made, "train", lambda *job: {"points": points, "recipe": {}})
+    right = {"1": 10, "2": 8, "3": 9, "4": 10}
+    scores = {step: [1.0] * n + [0.0] * (10 - n) for step, n in right.items()} | {"reworded": [0.0] * 10}
     monkeypatch.setattr(made, "test", lambda *job: scores)
     outcome = made._outcome("final", "seal-c", 0.01, 0, seconds_per_token=0.5)
-    assert outcome["to"]["0.9"]["seconds"] == 100.0
-    assert outcome["to"]["0.95"]["tokens"] == 300
-    scores["3"] = scores["1"]
-    assert made._outcome("final", "seal-c", 0.01, 0, seconds_per_token=0.5)["to"]["0.95"] is None
+    assert outcome["to"]["0.9"]["seconds"] == 150.0
+    assert outcome["to"]["0.95"]["tokens"] == 400
+    scores["4"] = scores["2"]
+    assert set(made._outcome("final", "seal-c", 0.01, 0, seconds_per_token=0.5)["to"].values()) == {None}
+
+
+def test_answers_go_back_from_the_end_to_the_first_point_that_falls_short(bench, monkeypatch, tmp_path):
+    script, made = bench
+    right = iter([0, 10, 9, 5])  # in another wording, and after steps 4, 3 and 2
+    monkeypatch.setattr(script, "score_answers", lambda *given: (n := next(right)) * [1.0] + (10 - n) * [0.0])
+    monkeypatch.setattr(made, "samples", lambda name: read_samples(made.folder / "test.jsonl")[:1] * 10)
+    job = made.jobs("final")[0]
+    monkeypatch.setattr(made, "path", lambda *given: tmp_path)
+    made.train(*job)
+    run = json.loads((tmp_path / "run.json").read_text())
+    run["points"] = [{**run["points"][0], "step": step} for step in (1, 2, 3, 4)]
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    for step in (1, 2, 3, 4):
+        if not (tmp_path / f"step-{step}").exists():
+            shutil.copytree(next(tmp_path.glob("step-*")), tmp_path / f"step-{step}")
+    assert {step: sum(own) for step, own in made.test(*job).items()} == {"reworded": 0, "4": 10, "3": 9, "2": 5}
 
 
 def test_a_second_call_finds_everything_done(bench, monkeypatch):
     script, made = bench
     monkeypatch.setattr(script, "load_model", None)  # nothing may load one
-    for phase in ("timing", "search", "final"):
+    for phase in PHASES:
         assert not made.left(phase)
         assert made.work(phase)
-    assert len(made.left("knobs")) == len(script.KNOBS)
+
+
+def test_what_was_trained_with_another_recipe_is_not_taken(bench, monkeypatch):
+    script, made = bench
+    monkeypatch.setitem(script.SYSTEMS, "seal-c", replace(script.SYSTEMS["seal-c"], batch=4))
+    with pytest.raises(ValueError, match=r"was trained with .*'batch': 2.*, not Recipe\(.*batch=4.*another --work"):
+        made.train(*made.jobs("final")[0])
 
 
 def test_the_other_wording_keeps_keys_and_numbers_and_nothing_else(bench):
@@ -92,4 +120,4 @@ def test_fewer_questions_are_the_first_ones_of_the_same_context(bench):
     one = script.first_questions(sample, 1)
     assert one.messages == sample.messages[:1]
     assert one.target == sample.messages[1]["content"]
-    assert script.first_questions(sample, 8) == sample
+    assert script.first_questions(sample, 16) == sample
