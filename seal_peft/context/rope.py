@@ -94,8 +94,7 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
             fresh = [type(module)(new) for module in modules]
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{type(model).__name__} cannot be built with rope_parameters={wanted}: {error}") from error
-    sizes = [[{name: b.shape for name, b in m.named_buffers()} for m in side] for side in (modules, fresh)]
-    if _read(new) != wanted or sizes[0] != sizes[1]:
+    if _read(new) != wanted or [_sizes(module) for module in modules] != [_sizes(module) for module in fresh]:
         raise ValueError(
             f"{type(model).__name__} does not take rope_parameters={wanted} as they are: transformers makes "
             f"{_read(new)} of them, or rotates another number of channels."
@@ -291,6 +290,11 @@ def _check_attention(model: nn.Module, *parameters: Mapping[str, Any]) -> None:
             f"{type(model).__name__} scales its attention by mscale_all_dim, which cannot change once it is loaded. "
             "Load the base model with these rope_parameters instead."
         )
+
+
+def _sizes(module: nn.Module) -> dict[str, torch.Size]:
+    """Shapes of all buffers; once a text was short again, two names of a dynamic rotary stand for one buffer."""
+    return {name: buffer.shape for name, buffer in module.named_buffers(remove_duplicate=False)}
 
 
 def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
