@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import transformers as tf
 from peft import get_peft_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -180,6 +181,16 @@ def test_models_without_rope_say_so(name):
     assert get_peft_model(model, SealConfig()).peft_config["default"].base_rope is None
     with pytest.raises(ValueError, match="no rotary position embedding"):
         get_peft_model(models.base_model(name), SealConfig(rope_parameters=YARN))
+
+
+@pytest.mark.skipif(not hasattr(tf, "GraniteSWAConfig"), reason="younger than the oldest transformers")
+def test_a_model_whose_layers_read_copies_of_its_config_is_refused():
+    model = models.causal(tf.GraniteSWAConfig, max_position_embeddings=32)
+    plain, before = logits(model), read_rope(model)
+    with pytest.raises(ValueError, match="gives some of its layers a RoPE of their own"):
+        apply_rope(model, YARN)
+    assert read_rope(model) == before
+    assert torch.equal(logits(model), plain)
 
 
 def test_attention_that_depends_on_mscale_is_refused():

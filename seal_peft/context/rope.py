@@ -69,7 +69,8 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
         What puts the old parameters back: `.restore()`.
 
     Raises:
-        ValueError: The model has no RoPE, or transformers does not build it with these parameters.
+        ValueError: The model has no RoPE, or layers with a RoPE of their own that its config does not name, or
+            transformers does not build it with these parameters.
 
     Example:
         ```python
@@ -83,6 +84,7 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
         raise ValueError(
             f"{type(model).__name__} has no rotary position embedding, so it cannot take rope_parameters."
         )
+    _check_configs(model, config)
     wanted = resolve_rope(model, rope_parameters)
     _check_attention(model, config.rope_parameters, wanted)
     new = copy.deepcopy(config)
@@ -280,6 +282,16 @@ def _write(config: PreTrainedConfig, parameters: Mapping[str, Any]) -> None:
 
 def _per_layer(parameters: Mapping[str, Any]) -> bool:
     return any(isinstance(value, dict) for value in parameters.values())
+
+
+def _check_configs(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Refuse models of which a part reads a copy of the config; parts of another kind have a config of their own."""
+    read: list[Any] = [getattr(module, "config", None) for module in model.modules() if hasattr(module, "rope_type")]
+    if any(type(other) is type(config) and other is not config for other in read):
+        raise ValueError(
+            f"{type(model).__name__} gives some of its layers a RoPE of their own, from copies of its config that "
+            "rope_parameters would not reach. Load the base model with the RoPE that you want instead."
+        )
 
 
 def _check_attention(model: nn.Module, *parameters: Mapping[str, Any]) -> None:
