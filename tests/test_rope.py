@@ -105,6 +105,19 @@ def test_a_model_that_is_extended_already_can_be_extended_differently():
     assert apply_and_compare(yarn, {"factor": 8.0, "max_position_embeddings": 256})["rope_type"] == "yarn"
 
 
+def test_what_a_request_leaves_out_stays_if_the_type_is_that_of_the_model():
+    further = {"beta_fast": 16.0, "attention_factor": 1.0, "truncate": False}
+    own = {**YARN, **further, "original_max_position_embeddings": 32, "rope_theta": 500.0}
+
+    def yarn(**kwargs):
+        return llama(**{"max_position_embeddings": 128, "rope_parameters": dict(own), **kwargs})
+
+    now = apply_and_compare(yarn, {"rope_type": "yarn", "factor": 8.0})
+    assert now == {**own, "factor": 8.0, "max_position_embeddings": 256}
+    now = apply_and_compare(yarn, {"rope_type": "dynamic", "factor": 8.0})
+    assert now == {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 500.0, "max_position_embeddings": 128}
+
+
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_every_known_architecture_can_be_extended_and_restored(name):
     model, ids = models.base_model(name), models.INPUT_IDS

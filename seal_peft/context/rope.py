@@ -57,11 +57,12 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
 
     Args:
         model: A transformers model; `model.config` follows, so that saving the model saves the parameters.
-        rope_parameters: As in transformers' configs: `{"rope_type": "yarn", "factor": 4.0}`; what is left out is taken
-            from the model. The type `"ntk"` with a factor raises the base and keeps the rest:
-            `rope_theta * factor ** (d / (d - 2))` for `d` rotated channels. For models with RoPE per layer type, give
-            `{"full_attention": {...}, ...}`; parameters without a layer type are for `full_attention`. The key
-            `max_position_embeddings` beside them sets the length; otherwise it is raised by the factor, except for
+        rope_parameters: As in transformers' configs: `{"rope_type": "yarn", "factor": 4.0}`. Of what is left out, the
+            base (`rope_theta`) and partial rotation are the model's; so is all that a type of scaling brings, such as
+            `beta_fast`, if the model has this type already. The type `"ntk"` with a factor raises the base and keeps
+            the rest: `rope_theta * factor ** (d / (d - 2))` for `d` rotated channels. For models with RoPE per layer
+            type, give `{"full_attention": {...}, ...}`; parameters without a layer type are for `full_attention`. The
+            key `max_position_embeddings` beside them sets the length; otherwise it is raised by the factor, except for
             `"dynamic"`, which measures lengths by it, and for `"linear"`, where it is the native length: so published
             models have it, and engines multiply it by the factor.
 
@@ -215,7 +216,8 @@ def _resolve(
         return {**own, "rope_theta": theta}, int(factor * longest)
     if "rope_type" not in request:  # a change to what the model has
         return {**own, **request}, longest
-    resolved = {**{name: value for name, value in own.items() if name not in _SCALING}, **request}
+    same = kind == own.get("rope_type")
+    resolved = {**{name: value for name, value in own.items() if same or name not in _SCALING}, **request}
     if kind in ("llama3", "longrope", "yarn"):
         resolved.setdefault(_NATIVE, native)
     if kind == "dynamic":
