@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
 import transformers as tf
@@ -158,8 +159,19 @@ def test_only_the_language_part_of_a_multimodal_model_is_touched():
         ({**NTK, "beta_fast": 3}, "takes a factor"),
         (
             {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0] * 5},
-            "must have 6 numbers",
+            "must have 6 positive numbers",
         ),
+        ({"rope_type": "longrope", "factor": 2.0, "short_factor": 1.0, "long_factor": 2.0}, "must have 6 positive"),
+        ({"rope_theta": 0}, "rope_theta=0 is not allowed.*positive finite"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 is not allowed"),
+        ({**NTK, "rope_theta": "x"}, "rope_theta='x' is not allowed"),
+        ({**NTK, "factor": 1e300}, "factor=1e.300 is not allowed"),
+        ({**YARN, "factor": float("nan")}, "factor=nan is not allowed"),
+        ({**YARN, "max_position_embeddings": -1}, "max_position_embeddings=-1 is not allowed.*whole number"),
+        ({**YARN, "original_max_position_embeddings": 2.5}, "original_max_position_embeddings=2.5 is not allowed"),
+        ({**TYPES["linear"], "beta_fast": 3}, r"'linear' does nothing with \['beta_fast'\]"),
+        ({**TYPES["llama3"], "low_freq_factor": 8.0}, "low_freq_factor=8.0 and high_freq_factor=4.0 are not allowed"),
+        ({**YARN, "beta_fast": 0.5}, "beta_slow=1 and beta_fast=0.5 are not allowed"),
         ({"full_attention": YARN}, "one RoPE for all layers"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5, "factor": "x"}, "factor='x'"),
     ],
@@ -171,6 +183,14 @@ def test_what_cannot_be_applied_is_refused_and_changes_nothing(request_, words):
         apply_rope(model, request_)
     assert model.config.to_dict() == before
     assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("factor", [np.float32(4), torch.tensor(4.0), {4}])
+def test_numbers_that_are_not_pythons_are_refused(factor):
+    model = llama()
+    with pytest.raises(TypeError, match="cannot be saved as JSON.*Use numbers, lists and texts of Python's own"):
+        apply_rope(model, {**YARN, "factor": factor})
+    assert read_rope(model) == read_rope(llama())
 
 
 def test_a_type_that_rotates_another_number_of_channels_is_refused():

@@ -7,19 +7,16 @@ transformers does for a new model, and its frequencies take the place of the old
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-_MAX, _NATIVE = "max_position_embeddings", "original_max_position_embeddings"
-# What one type of scaling brings and another does not want; everything else (base, partial rotation) stays.
-_SCALING = {"rope_type", "type", "factor", _NATIVE, "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale"}
-_SCALING |= {"mscale_all_dim", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor"}
+from .rope_values import MAX, NATIVE, SCALING, check_length, check_request, plain
+
 # What a rotary module keeps for itself; models with RoPE per layer type put the type in front.
 _STATE = (
     "inv_freq",
@@ -70,8 +67,9 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
         What puts the old parameters back: `.restore()`.
 
     Raises:
-        ValueError: The model has no RoPE, or layers with a RoPE of their own that its config does not name, or
-            transformers does not build it with these parameters.
+        TypeError: A value is not one that JSON has, such as numpy's numbers.
+        ValueError: The model has no RoPE, or layers with a RoPE of their own that its config does not name; a name or
+            value is not allowed; or transformers does not build it with these parameters.
 
     Example:
         ```python
@@ -119,7 +117,7 @@ class AppliedRope:
     def __init__(self, config: PreTrainedConfig, modules: list[nn.Module]) -> None:
         self.before = _read(config)
         self._config = config
-        names = ("rope_parameters", _MAX, _NATIVE)
+        names = ("rope_parameters", MAX, NATIVE)
         self._values = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
         self._states = [(module, _state(module)) for module in modules]
 
@@ -145,12 +143,15 @@ def resolve_rope(
         All parameters, in the form of `read_rope`.
 
     Raises:
-        ValueError: The request has the wrong form for the model, or a type or factor that does not exist.
+        TypeError: A value is not one that JSON has, such as numpy's numbers.
+        ValueError: The request has the wrong form for the model, or a type, name or value that is not allowed.
     """
     own = dict(own or read_rope(model) or {})
-    longest = own.pop(_MAX)
-    request = _plain(rope_parameters)
-    asked_longest = request.pop(_MAX, None)
+    longest = own.pop(MAX)
+    request = plain(rope_parameters)
+    asked_longest = request.pop(MAX, None)
+    if asked_longest is not None:
+        check_length(MAX, asked_longest)
     layer_types = [name for name, value in own.items() if isinstance(value, dict)]
     nested = any(isinstance(value, dict) for value in request.values())
     if nested and not layer_types:
@@ -170,7 +171,7 @@ def resolve_rope(
         new_longest = max([longest, *(length for _, length in found.values())])
     else:
         resolved, new_longest = _resolve(request, own, longest, _rotated(model, "inv_freq"), alone=True)
-    return {**resolved, _MAX: asked_longest or new_longest}
+    return {**resolved, MAX: asked_longest or new_longest}
 
 
 def reach_of(parameters: Mapping[str, Any]) -> int:
@@ -178,7 +179,7 @@ def reach_of(parameters: Mapping[str, Any]) -> int:
     by_layer: list[Mapping[str, Any]] = [value for value in parameters.values() if isinstance(value, dict)]
     outside = {"dynamic"} if by_layer else {"dynamic", "linear"}  # types whose factor is not in the maximum
     factors = [kind["factor"] for kind in by_layer or [parameters] if kind.get("rope_type") in outside]
-    return int(max(factors, default=1) * parameters[_MAX])
+    return int(max(factors, default=1) * parameters[MAX])
 
 
 def _resolve(
@@ -191,22 +192,11 @@ def _resolve(
         raise ValueError(
             f"rope_type={kind!r} is not known. This version of transformers, and this package, know {known}."
         )
-    new = {name for name, value in request.items() if value != own.get(name)}
-    if unknown := sorted(new - _SCALING - {*own, *RopeParameters.__annotations__}):
-        raise ValueError(f"No RoPE takes {unknown}, which rope_parameters has. Correct the name, or leave it out.")
+    check_request(kind, request, own, dim)
     factor = request.get("factor", 1.0)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
-        raise ValueError(f"factor={factor!r} is not allowed in rope_parameters. Use a number of at least 1.")
-    if kind == "default" and (idle := sorted(new & _SCALING - {"rope_type", _NATIVE})):
-        raise ValueError(f"rope_type='default' does nothing with {idle}. Give another rope_type, 'yarn' say: {known}.")
-    for name in ("short_factor", "long_factor"):
-        if len(request.get(name, [0] * (dim // 2))) != dim // 2:
-            raise ValueError(
-                f"{name} in rope_parameters must have {dim // 2} numbers, one per rotated pair of channels."
-            )
     # Gemma 3 has a scaling for some of its layers, and its maximum is the extended one.
     stretched = own.get("factor", 1) if own.get("rope_type") == "linear" and not alone else 1
-    native = own.get(_NATIVE) or int(longest / stretched)
+    native = own.get(NATIVE) or int(longest / stretched)
     if kind == "ntk":
         if "factor" not in request or set(request) - {"rope_type", "factor", "rope_theta"}:
             raise ValueError(f"rope_type='ntk' takes a factor and, if you like, rope_theta; got {request}.")
@@ -217,14 +207,14 @@ def _resolve(
     if "rope_type" not in request:  # a change to what the model has
         return {**own, **request}, longest
     same = kind == own.get("rope_type")
-    resolved = {**{name: value for name, value in own.items() if same or name not in _SCALING}, **request}
+    resolved = {**{name: value for name, value in own.items() if same or name not in SCALING}, **request}
     if kind in ("llama3", "longrope", "yarn"):
-        resolved.setdefault(_NATIVE, native)
+        resolved.setdefault(NATIVE, native)
     if kind == "dynamic":
         return resolved, longest
     if kind == "linear" and alone:
         return resolved, native
-    return resolved, max(longest, int(factor * resolved.get(_NATIVE, native)))
+    return resolved, max(longest, int(factor * resolved.get(NATIVE, native)))
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig | None:
@@ -262,24 +252,15 @@ def _rotated(model: nn.Module, name: str) -> int:
 
 
 def _read(config: PreTrainedConfig) -> dict[str, Any]:
-    return {**_plain(config.rope_parameters), _MAX: config.max_position_embeddings}
-
-
-def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in JSON's types, without what says nothing: `None`, and the type under its old name."""
-    parameters = dict(parameters)
-    if "type" in parameters:
-        parameters.setdefault("rope_type", parameters.pop("type"))
-    kept = {name: _plain(v) if isinstance(v, Mapping) else v for name, v in parameters.items() if v is not None}
-    return dict(json.loads(json.dumps(kept)))
+    return {**plain(config.rope_parameters), MAX: config.max_position_embeddings}
 
 
 def _write(config: PreTrainedConfig, parameters: Mapping[str, Any]) -> None:
-    rope = copy.deepcopy({name: value for name, value in parameters.items() if name != _MAX})
+    rope = copy.deepcopy({name: value for name, value in parameters.items() if name != MAX})
     config.rope_parameters = {**config.rope_parameters, **rope} if _per_layer(rope) else rope
-    config.max_position_embeddings = parameters[_MAX]
-    if hasattr(config, _NATIVE) and _NATIVE in rope:  # Phi-3 has it in both places, and this one wins
-        config.original_max_position_embeddings = rope[_NATIVE]
+    config.max_position_embeddings = parameters[MAX]
+    if hasattr(config, NATIVE) and NATIVE in rope:  # Phi-3 has it in both places, and this one wins
+        config.original_max_position_embeddings = rope[NATIVE]
 
 
 def _per_layer(parameters: Mapping[str, Any]) -> bool:
