@@ -119,6 +119,21 @@ def test_what_a_request_leaves_out_stays_if_the_type_is_that_of_the_model():
     assert now == {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 500.0, "max_position_embeddings": 128}
 
 
+@pytest.mark.parametrize("kind", [kind for kind in HERE if kind not in ("default", "proportional")])
+def test_attention_that_scales_queries_by_the_native_length_keeps_it(kind):
+    own = {**YARN, "original_max_position_embeddings": 16, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}
+
+    def ministral(**kwargs):
+        return models.causal(
+            tf.Ministral3Config,
+            **{"head_dim": 12, "max_position_embeddings": 64, "rope_parameters": dict(own), **kwargs},
+        )
+
+    now = apply_and_compare(ministral, {**TYPES[kind], "factor": 8.0})
+    assert now["original_max_position_embeddings"] == 16
+    assert now["llama_4_scaling_beta"] == 0.1
+
+
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_every_known_architecture_can_be_extended_and_restored(name):
     model, ids = models.base_model(name), models.INPUT_IDS

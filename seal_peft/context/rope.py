@@ -207,7 +207,10 @@ def _resolve(
     if "rope_type" not in request:  # a change to what the model has
         return {**own, **request}, longest
     same = kind == own.get("rope_type")
-    resolved = {**{name: value for name, value in own.items() if same or name not in SCALING}, **request}
+    kept = {name: value for name, value in own.items() if same or name not in SCALING}
+    if "llama_4_scaling_beta" in own:  # attention scales its queries by the native length, whatever turns them
+        kept[NATIVE] = native
+    resolved = {**kept, **request}
     if kind in ("llama3", "longrope", "yarn"):
         resolved.setdefault(NATIVE, native)
     if kind == "dynamic":
