@@ -55,6 +55,19 @@ def test_ntk_raises_the_base():
     assert now == {"rope_type": "default", "rope_theta": theta, "max_position_embeddings": 128}
 
 
+@pytest.mark.skipif(not hasattr(tf, "Gemma4TextConfig"), reason="younger than the oldest transformers")
+def test_ntk_slows_the_slowest_pair_by_its_factor_where_few_channels_rotate():
+    now = apply_and_compare(models.gemma4_text, NTK)
+    frequencies = []
+    for model in (models.gemma4_text(), built(models.gemma4_text, now)):
+        kept = model.model.rotary_emb.full_attention_inv_freq
+        frequencies.append(kept[kept > 0])
+    before, after = frequencies
+    assert len(before) == 2 and len(kept) == 10
+    torch.testing.assert_close(before[-1] / after[-1], torch.tensor(4.0))
+    assert before[0] == after[0]
+
+
 @pytest.mark.parametrize(
     "request_", [NTK, phi3_longrope(4.0), {"rope_type": "default", "rope_theta": 500.0}], ids=["ntk", "long", "theta"]
 )

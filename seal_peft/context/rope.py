@@ -56,12 +56,14 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
         model: A transformers model; `model.config` follows, so that saving the model saves the parameters.
         rope_parameters: As in transformers' configs: `{"rope_type": "yarn", "factor": 4.0}`. Of what is left out, the
             base (`rope_theta`) and partial rotation are the model's; so is all that a type of scaling brings, such as
-            `beta_fast`, if the model has this type already. The type `"ntk"` with a factor raises the base and keeps
-            the rest: `rope_theta * factor ** (d / (d - 2))` for `d` rotated channels. For models with RoPE per layer
-            type, give `{"full_attention": {...}, ...}`; parameters without a layer type are for `full_attention`. The
-            key `max_position_embeddings` beside them sets the length; otherwise it is raised by the factor, except for
-            `"dynamic"`, which measures lengths by it, and for `"linear"`, where it is the native length: so published
-            models have it, and engines multiply it by the factor.
+            `beta_fast`, if the model has this type already. The type `"ntk"` raises the base and keeps the rest, so
+            that the slowest rotated pair of channels slows down by the factor: `rope_theta * factor ** (d / (d - 2))`
+            for `d` rotated channels; where only `r` of the `d` rotate (`"proportional"`), the exponent is
+            `d / (r - 2)`. For models with RoPE per layer type, give `{"full_attention": {...}, ...}`; parameters
+            without a layer type are for `full_attention`. The key `max_position_embeddings` beside them sets the
+            length; otherwise it is raised by the factor, except for `"dynamic"`, which measures lengths by it, and
+            for `"linear"`, where it is the native length: so published models have it, and engines multiply it by
+            the factor.
 
     Returns:
         What puts the old parameters back: `.restore()`.
@@ -200,9 +202,12 @@ def _resolve(
     if kind == "ntk":
         if "factor" not in request or set(request) - {"rope_type", "factor", "rope_theta"}:
             raise ValueError(f"rope_type='ntk' takes a factor and, if you like, rope_theta; got {request}.")
-        if dim <= 2:
-            raise ValueError(f"rope_type='ntk' needs more than 2 rotated channels per head; this model has {dim}.")
-        theta = request.get("rope_theta", own["rope_theta"]) * factor ** (dim / (dim - 2))
+        # `proportional` spreads frequencies over all channels, but lets only the first of them rotate.
+        share = own.get("partial_rotary_factor", 1.0) if own.get("rope_type") == "proportional" else 1.0
+        rotated = 2 * int(share * dim // 2)
+        if rotated <= 2:
+            raise ValueError(f"rope_type='ntk' needs more than 2 rotated channels per head; this model has {rotated}.")
+        theta = request.get("rope_theta", own["rope_theta"]) * factor ** (dim / (rotated - 2))
         return {**own, "rope_theta": theta}, int(factor * longest)
     if "rope_type" not in request:  # a change to what the model has
         return {**own, **request}, longest
@@ -242,7 +247,7 @@ def depends_on_length(rotaries: Iterable[nn.Module]) -> str | None:
 
 
 def _rotated(model: nn.Module, name: str) -> int:
-    """How many channels a head rotates."""
+    """How many channels of a head have frequencies."""
     config = text_config(model)
     assert config is not None
     frequencies = getattr(rotary_modules(model, config)[0], name, None)

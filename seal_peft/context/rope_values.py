@@ -65,7 +65,7 @@ def check_request(kind: str, request: Mapping[str, Any], own: Mapping[str, Any],
         kind: The type.
         request: Parameters of one layer type, as asked for.
         own: Those of the model, which may have names and values of its own.
-        dim: How many channels a head rotates.
+        dim: How many channels of a head have frequencies.
 
     Raises:
         ValueError: A name is not known or of another type, or a value is not allowed.
