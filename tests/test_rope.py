@@ -261,10 +261,27 @@ def test_attention_that_depends_on_mscale_is_refused():
         apply_rope(model, {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0})
 
 
-def test_restoring_puts_back_fp32_frequencies_whatever_happened_to_the_weights():
-    model = llama()
-    before = model.model.rotary_emb.inv_freq.clone()
-    applied = apply_rope(model, YARN)
-    model.to(torch.bfloat16)
-    applied.restore()
-    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
+def test_a_model_that_is_cast_runs_on_frequencies_of_that_dtype(kind, dtype):
+    model, plain = llama(), llama().to(dtype)
+    applied = apply_rope(model, TYPES[kind])
+    expected = built(llama, read_rope(model)).to(dtype)
+    model.to(dtype)
+    for _ in range(2):
+        assert torch.equal(logits(model), logits(expected))
+        applied.restore()
+        assert torch.equal(logits(model), logits(plain))
+        applied = apply_rope(model, TYPES[kind])
+        expected = built(llama, read_rope(model)).to(dtype)
+
+
+def test_frequencies_that_grew_after_a_cast_come_back_as_they_were():
+    dynamic = {**TYPES["dynamic"], "rope_theta": 10000.0}
+    model = llama(rope_parameters=dict(dynamic)).to(torch.bfloat16)
+    expected = logits(model)
+    grown = model.model.rotary_emb.inv_freq
+    apply_rope(model, YARN).restore()
+    assert model.model.rotary_emb.inv_freq.dtype == grown.dtype
+    assert torch.equal(model.model.rotary_emb.inv_freq, grown)
+    assert torch.equal(logits(model), expected)

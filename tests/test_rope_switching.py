@@ -143,6 +143,18 @@ def test_layers_that_disagree_do_not_run():
     assert torch.equal(logits(model), alone(model, "ntk", NTK))
 
 
+def test_an_adapter_is_the_same_before_and_after_others_in_a_model_that_is_cast():
+    model = switching()
+    model.set_adapter("yarn")
+    expected = logits(model.to(torch.bfloat16))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama().to(torch.bfloat16)))
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("ntk")
+    model.set_adapter("yarn")
+    assert torch.equal(logits(model), expected)
+
+
 def test_a_dynamic_model_that_read_a_long_text_and_then_a_short_one_switches():
     def dynamic():
         return llama(rope_parameters={**TYPES["dynamic"], "rope_theta": 10000.0})

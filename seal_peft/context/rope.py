@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -124,7 +124,7 @@ class AppliedRope:
         self._states = [(module, _state(module)) for module in modules]
 
     def restore(self) -> None:
-        """Put back the very frequencies that the model had; on the device where the model is now."""
+        """Put back the very frequencies that the model had; moved and cast as the model was since."""
         for name, value in self._values.items():
             setattr(self._config, name, value)
         for module, state in self._states:
@@ -300,16 +300,24 @@ def _sizes(module: nn.Module) -> dict[str, torch.Size]:
     return {name: buffer.shape for name, buffer in module.named_buffers(remove_duplicate=False)}
 
 
-def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {name: value for name, value in vars(module).items() if name.endswith(_STATE)}, dict(module._buffers)
+class _State(NamedTuple):
+    attributes: dict[str, Any]
+    buffers: dict[str, torch.Tensor]
 
 
-def _put(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    attributes, buffers = state
-    devices = {buffer.device for buffer in module.buffers()}
+def _state(module: nn.Module) -> _State:
+    attributes = {name: value for name, value in vars(module).items() if name.endswith(_STATE)}
+    return _State(attributes, dict(module.named_buffers(remove_duplicate=False)))
+
+
+def _put(module: nn.Module, state: _State) -> None:
+    """Put a state in place; if the model was moved or cast since, as if the state had been in place then."""
+    # The last one holds the original frequencies: those that a dynamic type grows are in fp32 again.
+    live, saved = ([*buffers.values()][-1] for buffers in (_state(module).buffers, state.buffers))
     for name in [name for name in vars(module) if name.endswith(_STATE)]:
         del vars(module)[name]
-    vars(module).update(attributes)
+    vars(module).update(state.attributes)
     module._buffers.clear()
-    module._buffers.update({name: buffer.to(*devices) for name, buffer in buffers.items()})
-    module._non_persistent_buffers_set = set(buffers)
+    for name, buffer in state.buffers.items():
+        module._buffers[name] = buffer.to(live.device, buffer.dtype if live.dtype == saved.dtype else live.dtype)
+    module._non_persistent_buffers_set = set(state.buffers)
