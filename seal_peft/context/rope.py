@@ -8,26 +8,15 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from .rope_state import put_state, sizes_of, state_of
 from .rope_values import MAX, NATIVE, SCALING, check_length, check_request, plain
-
-# What a rotary module keeps for itself; models with RoPE per layer type put the type in front.
-_STATE = (
-    "inv_freq",
-    "attention_scaling",
-    "rope_type",
-    "rope_init_fn",
-    "rope_init_fns",
-    "seq_len_cached",
-    "original_max_seq_len",
-    "mrope_section",
-)
 
 
 def read_rope(model: nn.Module) -> dict[str, Any] | None:
@@ -97,7 +86,7 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
             fresh = [type(module)(new) for module in modules]
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{type(model).__name__} cannot be built with rope_parameters={wanted}: {error}") from error
-    if _read(new) != wanted or [_sizes(module) for module in modules] != [_sizes(module) for module in fresh]:
+    if _read(new) != wanted or [sizes_of(module) for module in modules] != [sizes_of(module) for module in fresh]:
         raise ValueError(
             f"{type(model).__name__} does not take rope_parameters={wanted} as they are: transformers makes "
             f"{_read(new)} of them, or rotates another number of channels."
@@ -105,7 +94,7 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
     applied = AppliedRope(config, modules)
     _write(config, wanted)
     for module, other in zip(modules, fresh, strict=True):
-        _put(module, _state(other))
+        put_state(module, state_of(other))
     return applied
 
 
@@ -121,14 +110,14 @@ class AppliedRope:
         self._config = config
         names = ("rope_parameters", MAX, NATIVE)
         self._values = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
-        self._states = [(module, _state(module)) for module in modules]
+        self._states = [(module, state_of(module)) for module in modules]
 
     def restore(self) -> None:
         """Put back the very frequencies that the model had; moved and cast as the model was since."""
         for name, value in self._values.items():
             setattr(self._config, name, value)
         for module, state in self._states:
-            _put(module, state)
+            put_state(module, state)
 
 
 def resolve_rope(
@@ -293,31 +282,3 @@ def _check_attention(model: nn.Module, *parameters: Mapping[str, Any]) -> None:
             f"{type(model).__name__} scales its attention by mscale_all_dim, which cannot change once it is loaded. "
             "Load the base model with these rope_parameters instead."
         )
-
-
-def _sizes(module: nn.Module) -> dict[str, torch.Size]:
-    """Shapes of all buffers; once a text was short again, two names of a dynamic rotary stand for one buffer."""
-    return {name: buffer.shape for name, buffer in module.named_buffers(remove_duplicate=False)}
-
-
-class _State(NamedTuple):
-    attributes: dict[str, Any]
-    buffers: dict[str, torch.Tensor]
-
-
-def _state(module: nn.Module) -> _State:
-    attributes = {name: value for name, value in vars(module).items() if name.endswith(_STATE)}
-    return _State(attributes, dict(module.named_buffers(remove_duplicate=False)))
-
-
-def _put(module: nn.Module, state: _State) -> None:
-    """Put a state in place; if the model was moved or cast since, as if the state had been in place then."""
-    # The last one holds the original frequencies: those that a dynamic type grows are in fp32 again.
-    live, saved = ([*buffers.values()][-1] for buffers in (_state(module).buffers, state.buffers))
-    for name in [name for name in vars(module) if name.endswith(_STATE)]:
-        del vars(module)[name]
-    vars(module).update(state.attributes)
-    module._buffers.clear()
-    for name, buffer in state.buffers.items():
-        module._buffers[name] = buffer.to(live.device, buffer.dtype if live.dtype == saved.dtype else live.dtype)
-    module._non_persistent_buffers_set = set(state.buffers)
