@@ -194,6 +194,52 @@ def test_reading_in_chunks_by_generate_is_the_same():
     assert torch.equal(model.generate(**settings), model.generate(**settings, prefill_chunk_size=11))
 
 
+def read(model, mask, positions, steps):
+    """Read in steps into one cache; `positions` says the `position_ids` of each, `None` to leave them to the model."""
+    start, out = 0, tf.DynamicCache()
+    for step, own in zip(steps, positions, strict=True):
+        now, start = slice(start, start + step), start + step
+        ids = IDS.repeat(1, 2)[:, now]
+        found = logits(model, ids, attention_mask=mask[:, : now.stop], position_ids=own, past_key_values=out)
+    return found
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_cached_keys_whose_positions_cannot_be_told_are_refused(step):
+    """The last call looks the same whichever way the first one counted."""
+    model = extended(models.llama(), 3, 7)
+    right = torch.ones(2, 40 + step, dtype=torch.int64)
+    right[1, 30:40] = 0
+    left, whole = right.roll(10, 1), torch.ones_like(right)
+    left[1, 40:] = 1
+    left[1, :10] = 0
+    jump = torch.arange(60, 60 + step).unsqueeze(0)
+    for mask, positions in (
+        (right, [None, None]),
+        (left, [positions_of(left)[:, :40], None]),
+        (left, [None, None]),
+        (whole, [None, jump]),
+        (whole, [torch.arange(20, 60).unsqueeze(0), jump]),
+    ):
+        with pytest.raises(ValueError, match="count from 0 without padding in every call"):
+            read(model, mask, positions, [40, step])
+    with pytest.raises(ValueError, match=r"begin at \[9\]"):  # far away, among fewer tokens than the window
+        read(model, whole, [None, torch.arange(9, 9 + step).unsqueeze(0)], [3, step])
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_right_padded_cache_is_read_on_from_with_positions_as_generate_counts_them(step):
+    model = models.llama()
+    mask = torch.ones(2, 40 + step, dtype=torch.int64)
+    mask[1, 30:40] = 0
+    keep = mask[1].bool()
+    expected = logits(oracle(model, 3, 7), IDS.repeat(1, 2)[1:, : 40 + step][:, keep])
+    extended(model, 3, 7)
+    for first in (None, positions_of(mask)[:, :40]):
+        found = read(model, mask, [first, positions_of(mask)[:, 40:]], [40, step])
+        torch.testing.assert_close(found[1:], expected[:, -step:], **TOLERANCE)
+
+
 def test_a_compiled_decode_step_is_one_graph():
     model = extended(models.llama(num_hidden_layers=1), 3, 7)
     compiled = torch.compile(model, fullgraph=True, backend="eager")

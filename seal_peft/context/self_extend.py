@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .grouped import Grouping, are_consecutive, attend
+from .grouped import Grouping, are_known, attend
 from .probe import RotaryLayer, check_frequencies, rotary_layers
 from .rope import text_config
 
@@ -181,24 +181,22 @@ def self_extend_attention(
     settings: _Settings | None = vars(module).get(_SETTINGS)
     queries, keys = query.shape[2], key.shape[2]
     slots = _slots(attention_mask)
+    has_own_mask = attention_mask is None or slots is not None
+    if settings is not None and settings.checks and has_own_mask and position_ids is not None:
+        if not torch.compiler.is_compiling():
+            _check_positions(position_ids, slots, keys)
     if settings is None or keys <= settings.window:
         if slots is not None:
             attention_mask = (slots[:, None] <= torch.arange(queries, device=key.device)[:, None]).unsqueeze(1)
         kwargs |= {"scaling": scaling, "dropout": dropout, "position_ids": position_ids}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if dropout or position_ids is None or (attention_mask is not None and slots is None):
+    if dropout or position_ids is None or not has_own_mask:
         raise ValueError(
             "Self-Extend takes no attention dropout, no attention mask of four dimensions, and needs position_ids; "
             f"got dropout={dropout}, position_ids={position_ids}, "
             f"attention_mask={None if attention_mask is None else tuple(attention_mask.shape)}. Set attention_dropout "
             "to 0 in the config, and pass a mask of shape (batch, tokens)."
         )
-    if settings.checks and queries > 1 and not torch.compiler.is_compiling():
-        if not are_consecutive(position_ids, slots, keys):
-            raise ValueError(
-                "Self-Extend needs position_ids that follow each other within a row. Packed texts belong in rows of "
-                "their own."
-            )
     layer = settings.layer
     if layer.interleaved is None:
         raise ValueError(
@@ -254,6 +252,17 @@ def self_extend_mask(
         known = attention_mask[:, kv_offset : kv_offset + kv_length]
         seen = torch.nn.functional.pad(known, (0, kv_length - known.shape[1]), value=True)
     return torch.where(seen, slots - q_offset, kv_length + q_length)[:, None, None, :]
+
+
+def _check_positions(position_ids: Tensor, slots: Tensor | None, keys: int) -> None:
+    """Refuse positions from which those of the keys do not follow; it waits for the device, so one layer does it."""
+    if not are_known(position_ids, slots, keys):
+        raise ValueError(
+            "Self-Extend needs position_ids that follow each other within a row and, to read on from a cache, ones "
+            "that count from 0 without padding in every call, as `generate` makes them; got ones that begin at "
+            f"{position_ids[:, 0].tolist()}. Pass (attention_mask.cumsum(-1) - 1).clamp(min=0), cut to the new "
+            "tokens. Packed texts belong in rows of their own."
+        )
 
 
 def _slots(attention_mask: Tensor | None) -> Tensor | None:
