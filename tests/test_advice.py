@@ -13,6 +13,7 @@ import models
 from seal_peft import SealConfig
 from seal_peft.context.advice import advise
 from seal_peft.context.rope import apply_rope, reach_of, read_rope
+from seal_peft.context.self_extend import extended_window
 from stages import error_of, save_model, seal
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
@@ -35,9 +36,22 @@ def test_whatever_is_advised_reaches_and_can_be_trained_under(length):
             assert int(factor * now["max_position_embeddings"]) == advice.reach
         if method == "self_extend":
             group_size, window = advice.settings["self_extend"].values()
-            assert advice.reach == (128 - window) * group_size + window
+            assert advice.reach == (128 - window) * group_size + window - window % group_size
             assert window + (length - window) / group_size < 2 / 3 * 128
             assert window + (length - window) / (group_size - 1) >= 2 / 3 * 128 if group_size > 1 else True
+
+
+@given(native=st.integers(2, 60), group_size=st.integers(2, 9), data=st.data())
+def test_self_extend_reaches_exactly_as_far_as_its_positions_are_known(native, group_size, data):
+    window = data.draw(st.integers(1, native - 1))
+    longest = extended_window(native, {"group_size": group_size, "window": window})
+
+    def furthest(tokens):
+        """The furthest position of a query, of those that read a key beyond the window."""
+        return max(p // group_size + window - window // group_size for p in range(window, tokens))
+
+    assert furthest(longest) == native - 1
+    assert furthest(longest + 1) == native
 
 
 @settings(max_examples=8, deadline=None)

@@ -3,7 +3,7 @@
 Source: "LLM Maybe LongLM: Self-Extend LLM Context Window Without Tuning", ICML 2024, arXiv 2401.01325. With group size
 `G` and window `W`, a query at position `p` and a key at `r` count as `p` and `r` if `p - r < W`, otherwise as
 `p // G + W - W // G` and `r // G`; there is one softmax over both. A model with a native length of `L` then reads
-`(L - W) * G + W` tokens.
+`(L - W) * G + W - W % G` tokens.
 
 The attention is a function registered with transformers' attention interface. Keys come to it, also from a cache,
 rotated to their true positions. Rotations compose, so it turns them on to their grouped ones.
@@ -75,13 +75,14 @@ def read_self_extend(model: nn.Module) -> dict[str, int] | None:
 
 
 def extended_window(window: int, settings: dict[str, int]) -> int:
-    """Return how many tokens a model reads by Self-Extend.
+    """Return how many tokens a model reads by Self-Extend without a position that it does not know.
 
     Args:
         window: What it reads without, in tokens.
         settings: As for `apply_self_extend`.
     """
-    return max(window, (window - settings["window"]) * settings["group_size"] + settings["window"])
+    near, group = settings["window"], settings["group_size"]
+    return max(window, (window - near) * group + near - near % group)
 
 
 def check_settings(settings: Any) -> dict[str, int]:
