@@ -189,6 +189,25 @@ def test_the_merged_model_keeps_it_in_memory_and_says_what_loading_needs(tmp_pat
     assert torch.equal(logits(plain), logits(merged))
 
 
+def test_the_name_of_its_attention_alone_is_refused(tmp_path):
+    base().save_pretrained(tmp_path)
+    named = tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="self_extend")
+    built = tf.AutoModelForCausalLM.from_config(base().config)
+    plain = llama()
+    plain.set_attn_implementation("self_extend")
+    for model in (named, built, plain):
+        assert read_self_extend(model) is None
+        with pytest.raises(ValueError, match=r"by its name alone, .*apply_self_extend\(model"):
+            logits(model)
+    applied = apply_self_extend(named, **named.config.self_extend)
+    assert read_self_extend(named) == SETTINGS
+    assert torch.equal(logits(named), logits(base()))
+    applied.restore()
+    assert read_self_extend(named) is None
+    with pytest.raises(ValueError, match="by its name alone"):
+        logits(named)
+
+
 def test_the_merge_stage_refuses_it(base_folder, tmp_path):
     model = adapted(tf.AutoModelForCausalLM.from_pretrained(base_folder), self_extend=SETTINGS)
     model.save_pretrained(tmp_path / "adapter")

@@ -25,7 +25,7 @@ from .probe import RotaryLayer, check_frequencies, rotary_layers
 from .rope import text_config
 
 NAME = "self_extend"
-_SETTINGS = "_self_extend"  # where an attention module keeps them
+_SETTINGS = "_self_extend"  # where an attention module keeps them; `None` if it attends as ever
 
 
 def apply_self_extend(model: nn.Module, *, group_size: int, window: int) -> AppliedSelfExtend:
@@ -62,7 +62,8 @@ def apply_self_extend(model: nn.Module, *, group_size: int, window: int) -> Appl
 def read_self_extend(model: nn.Module) -> dict[str, int] | None:
     """Return the settings that are in force on a model, `None` if none are.
 
-    A saved `config.json` may hold the settings, too; they are in force only after `apply_self_extend`.
+    A saved `config.json` may hold the settings, too, and a model may be loaded with
+    `attn_implementation="self_extend"`; they are in force only after `apply_self_extend`.
 
     Args:
         model: A transformers model.
@@ -71,7 +72,9 @@ def read_self_extend(model: nn.Module) -> dict[str, int] | None:
         `group_size`, and `window` in tokens.
     """
     config = text_config(model)
-    return dict(config.self_extend) if config is not None and config._attn_implementation == NAME else None
+    if config is None or config._attn_implementation != NAME:
+        return None
+    return dict(config.self_extend) if any(_SETTINGS in vars(module) for module in model.modules()) else None
 
 
 def extended_window(window: int, settings: dict[str, int]) -> int:
@@ -127,13 +130,16 @@ class AppliedSelfExtend:
 
     def __init__(self, model: nn.Module, layers: list[RotaryLayer], settings: dict[str, int]) -> None:
         self._config = cast(PreTrainedConfig, text_config(model))
-        self._layers = layers
         check_frequencies(model, [layer.rotary for layer in layers])
         names = ("_attn_implementation", NAME)
         self._before = {name: getattr(self._config, name) for name in names if hasattr(self._config, name)}
-        self._settings = [vars(layer.attention).get(_SETTINGS) for layer in layers]
+        self._modules = {m for m in model.modules() if getattr(m, "config", None) is self._config}
+        self._modules |= {layer.attention for layer in layers}
+        self._settings = {m: vars(m)[_SETTINGS] for m in self._modules if _SETTINGS in vars(m)}
         self._config._attn_implementation = NAME
         self._config.self_extend = dict(settings)
+        for module in self._modules:
+            vars(module)[_SETTINGS] = None
         for index, layer in enumerate(layers):
             vars(layer.attention)[_SETTINGS] = _Settings(layer, **settings, checks=index == 0)
 
@@ -143,10 +149,10 @@ class AppliedSelfExtend:
             del self._config.self_extend
         for name, value in self._before.items():
             setattr(self._config, name, value)
-        for layer, settings in zip(self._layers, self._settings, strict=True):
-            vars(layer.attention).pop(_SETTINGS, None)
-            if settings is not None:
-                vars(layer.attention)[_SETTINGS] = settings
+        for module in self._modules:
+            vars(module).pop(_SETTINGS, None)
+        for module, settings in self._settings.items():
+            vars(module)[_SETTINGS] = settings
 
 
 def self_extend_attention(
@@ -177,9 +183,16 @@ def self_extend_attention(
         The output, `(batch, queries, heads, channels of a value)`, and `None` for its weights.
 
     Raises:
-        ValueError: A mask of four dimensions, dropout, or positions that do not follow each other.
+        ValueError: Self-Extend was not applied, a mask of four dimensions, dropout, or positions that do not follow
+            each other.
     """
-    settings: _Settings | None = vars(module).get(_SETTINGS)
+    if _SETTINGS not in vars(module):
+        raise ValueError(
+            f"The attention of this model was set to {NAME!r} by its name alone, without group_size and window. Call "
+            "seal_peft.context.self_extend.apply_self_extend(model, group_size=..., window=...), or choose another "
+            "attn_implementation. A model that was saved under Self-Extend has both in config.self_extend."
+        )
+    settings: _Settings | None = vars(module)[_SETTINGS]
     queries, keys = query.shape[2], key.shape[2]
     slots = _slots(attention_mask)
     has_own_mask = attention_mask is None or slots is not None
