@@ -260,6 +260,9 @@ def test_what_it_cannot_read_is_refused():
         model(input_ids=IDS[:1], position_ids=packed, use_cache=False)
     with pytest.raises(ValueError, match="follow each other within a row"):
         model(input_ids=IDS[:1], position_ids=packed, attention_mask=torch.ones_like(IDS[:1]))
+    twice = extended(models.causal(tf.DiffLlamaConfig, head_dim=8), 3, 7)  # each of its modules attends twice
+    with pytest.raises(ValueError, match="follow each other within a row"):
+        twice(input_ids=IDS[:1], position_ids=packed, attention_mask=torch.ones_like(IDS[:1]))
     square = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="no attention mask of four dimensions"):
         model(input_ids=IDS[:1], attention_mask=square)

@@ -140,8 +140,9 @@ class AppliedSelfExtend:
         self._config.self_extend = dict(settings)
         for module in self._modules:
             vars(module)[_SETTINGS] = None
-        for index, layer in enumerate(layers):
-            vars(layer.attention)[_SETTINGS] = _Settings(layer, **settings, checks=index == 0)
+        for layer in layers:  # a module is here as often as it attends in one pass of the model
+            checks = layer.attention is layers[0].attention
+            vars(layer.attention)[_SETTINGS] = _Settings(layer, **settings, checks=checks)
 
     def restore(self) -> None:
         """Give the model its attention back."""
