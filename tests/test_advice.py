@@ -7,13 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from transformers import Qwen3NextConfig
+from transformers import Cohere2Config, Exaone4Config, JetMoeConfig, NanoChatConfig, Qwen3NextConfig
 
 import models
 from seal_peft import SealConfig
 from seal_peft.context.advice import advise
 from seal_peft.context.rope import apply_rope, reach_of, read_rope
-from seal_peft.context.self_extend import extended_window
+from seal_peft.context.self_extend import apply_self_extend, extended_window
 from stages import error_of, save_model, seal
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
@@ -115,13 +115,55 @@ def test_no_text_up_to_the_advised_length_turns_a_channel_to_an_angle_that_the_m
     assert (found["dynamic"].settings is None) == (own in ("yarn", "llama3", "longrope"))
 
 
-def test_a_model_without_weights_that_cannot_be_asked_says_so():
+def test_a_model_without_full_attention_is_told_so():
     config = models.gemma3(layer_types=["sliding_attention"] * 2).config
     assert all(advice.settings is None for advice in advise(config, 1000))
     assert "has no layer of type 'full_attention'" in by_method(config, 1000)["yarn"].note
-    kinds = ["linear_attention", "full_attention"]
-    config = models.causal(Qwen3NextConfig, layer_types=kinds, num_experts=4, num_experts_per_tok=2).config
-    assert "only the loaded model tells" in by_method(config, 5000)["self_extend"].note
+
+
+SLIDING = {"num_hidden_layers": 4, "sliding_window": 16, "head_dim": models.HEAD_DIM}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}
+ASKED = {name: lambda name=name: models.base_model(name) for name in ("mixtral", "qwen3_moe", "gpt_oss", "llava-clip")}
+ASKED |= {
+    "exaone4": lambda: models.causal(
+        Exaone4Config, **SLIDING, sliding_window_pattern=4
+    ),  # no positions in full layers
+    "cohere2": lambda: models.causal(Cohere2Config, **SLIDING),
+    "qwen3_next": lambda: models.causal(Qwen3NextConfig, **HYBRID),
+    "jetmoe": lambda: models.causal(JetMoeConfig),  # does not run without weights
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_self_extend_is_advised_where_the_loaded_model_takes_it(name):
+    model = ASKED[name]()
+    advice = by_method(model.config, 5000)["self_extend"]
+    if name in ("exaone4", "cohere2", "gpt_oss"):
+        with pytest.raises(ValueError, match="Self-Extend"):
+            apply_self_extend(model, group_size=4, window=16)
+        assert advice.settings is None
+        assert advice.note.startswith(
+            "No layer of" if name != "gpt_oss" else "GptOssForCausalLM has attention with s_aux"
+        )
+    else:
+        apply_self_extend(model, **advice.settings["self_extend"])
+        assert advice.reach >= 5000
+
+
+def test_what_only_weights_show_may_be_refused_and_is_said_so():
+    model = models.causal(NanoChatConfig)  # normalises its queries and keys after their rotation
+    assert "may be refused by the loaded model" in by_method(model.config, 5000)["self_extend"].note
+    with pytest.raises(ValueError, match="does not rotate"):
+        apply_self_extend(model, group_size=4, window=16)
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl"])
+def test_models_that_read_images_are_advised_what_they_take(name):
+    found = by_method(models.base_model(name).config, 1000)
+    for method in ("linear", "dynamic", "ntk", "yarn"):
+        model = models.base_model(name)
+        apply_rope(model, found[method].settings["rope_parameters"])
+        assert reach_of(read_rope(model)) >= 1000
 
 
 def test_a_length_that_the_model_reaches_needs_nothing():

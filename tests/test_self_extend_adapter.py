@@ -259,8 +259,16 @@ def test_without_weights_it_fits_or_not_but_does_not_run(base_folder, tmp_path):
     check_adapter(base_folder, str(tmp_path))
     with torch.device("meta"):
         model = get_peft_model(llama(), SealConfig(self_extend=SETTINGS))
-    with torch.device("meta"), pytest.raises(ValueError, match="latent attention"):
-        get_peft_model(models.ARCHITECTURES["deepseek_v3"].build(), SealConfig(self_extend=SETTINGS))
+    for name, words in (("deepseek_v3", "latent attention"), ("gpt_oss", "sinks")):
+        with torch.device("meta"), pytest.raises(ValueError, match=words):
+            get_peft_model(models.ARCHITECTURES[name].build(), SealConfig(self_extend=SETTINGS))
+    with torch.device("meta"):
+        asked = models.ARCHITECTURES["mixtral"].build()
+    experts = asked.config._experts_implementation
+    apply_self_extend(asked, **SETTINGS).restore()
+    assert all(parameter.requires_grad for parameter in asked.parameters())
+    assert asked.config._experts_implementation == experts
+    assert not any(module._forward_hooks for module in asked.modules())
     model.to_empty(device="cpu")
     with pytest.raises(ValueError, match="Apply it again now"):
         logits(model)
