@@ -14,6 +14,7 @@ from seal_peft import SealConfig
 from seal_peft.context.advice import advise
 from seal_peft.context.rope import apply_rope, reach_of, read_rope
 from seal_peft.context.self_extend import apply_self_extend, extended_window
+from seal_peft.data import window_of
 from stages import error_of, save_model, seal
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
@@ -81,6 +82,7 @@ OWN = {
     "yarn": {"max_position_embeddings": 512, "rope_parameters": YARN},
     "llama3": {"max_position_embeddings": 512, "rope_parameters": LLAMA3},
     "longrope": {"max_position_embeddings": 512, "rope_parameters": LONGROPE},
+    "yarn by hand": {"rope_parameters": YARN},  # as Qwen's cards say: the maximum stays the native length
 }
 
 
@@ -113,6 +115,15 @@ def test_no_text_up_to_the_advised_length_turns_a_channel_to_an_angle_that_the_m
         )
     # Up to `max_position_embeddings` a dynamic type rotates by the unscaled frequencies.
     assert (found["dynamic"].settings is None) == (own in ("yarn", "llama3", "longrope"))
+
+
+@pytest.mark.parametrize("own", OWN)
+def test_it_begins_at_the_window_that_samples_are_made_for(own):
+    model = models.llama(**OWN[own])
+    window = window_of(model.config)
+    assert reach_of(read_rope(model)) == window
+    assert by_method(model.config, window).keys() == {"none"}
+    assert "none" not in by_method(model.config, window + 1)
 
 
 def test_a_model_without_full_attention_is_told_so():
