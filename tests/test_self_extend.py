@@ -8,6 +8,7 @@ import transformers as tf
 
 import models
 from seal_peft.context import flash, grouped
+from seal_peft.context.probe import rotary_layers
 from seal_peft.context.rope import text_config
 from seal_peft.context.self_extend import apply_self_extend, read_self_extend
 from self_extend_oracle import oracle, turn
@@ -287,6 +288,20 @@ def test_models_that_it_does_not_fit_are_refused_by_name(name, words):
     with pytest.raises(ValueError, match=rf"{type(model).__name__}.*{words}"):
         apply_self_extend(model, group_size=4, window=8)
     assert model.config.get_text_config()._attn_implementation != "self_extend"
+
+
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_biases_that_drown_the_rotation_in_bf16_hide_no_layer(in_pairs):
+    """Qwen2's keys have some; on the slowest channels they hardly turn."""
+    sizes = {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    pairs = {"attention_bias": True, "partial_rotary_factor": 1.0}
+    model = models.causal(tf.GlmConfig, **sizes, **pairs) if in_pairs else models.causal(tf.Qwen2Config, **sizes)
+    with torch.no_grad():
+        for projection in (model.model.layers[1].self_attn.q_proj, model.model.layers[1].self_attn.k_proj):
+            bias = projection.bias.zero_().view(-1, 64)
+            bias[:, [62, 63] if in_pairs else [31, 63]] = 100.0
+    found = rotary_layers(model.to(torch.bfloat16))
+    assert [layer.interleaved for layer in found] == [in_pairs, in_pairs]
 
 
 def test_rotations_that_do_not_compose_are_refused(monkeypatch):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -86,8 +86,8 @@ def rotary_layers(model: nn.Module) -> list[RotaryLayer]:
                 f"{name} has attention with {', '.join(one.extras)} (soft capping or sinks), which Self-Extend does "
                 "not support. Extend it by rope_parameters, such as YaRN."
             )
-        if one.is_full and _has_positions(one, other):
-            found.append(_rotary_layer(name, one, other, rotaries))
+        if one.is_full and (layer := _rotary_layer(name, one, other, rotaries)):
+            found.append(layer)
     if not found:
         raise ValueError(
             f"No layer of {name} rotates its queries and keys and attends to all that came before through "
@@ -111,40 +111,44 @@ def check_frequencies(model: nn.Module, rotaries: list[nn.Module]) -> None:
         )
 
 
-def _rotary_layer(name: str, one: _Heard, other: _Heard, rotaries: list[nn.Module]) -> RotaryLayer:
+def _rotary_layer(name: str, one: _Heard, other: _Heard, rotaries: list[nn.Module]) -> RotaryLayer | None:
+    """Find what explains the second run best: one of the rotations, or `None` for no positions."""
     where = f"{name}, layer {getattr(one.attention, 'layer_idx', '?')} ({type(one.attention).__name__})"
-    if one.position_ids is None or not (one.query.is_meta or one.position_ids.tolist() == [list(_POSITIONS[0])]):
+    unlike, layer = min(_explained(one, other, rotaries), key=lambda pair: pair[0])
+    # A model rounds twice in its own dtype. Compared so that NaN is refused.
+    if not unlike <= (16 * torch.finfo(one.key.dtype).eps if one.key.dtype.itemsize < 4 else 1e-4):
+        raise ValueError(
+            f"{where} does not rotate queries and keys in a way that can be composed (halves or pairs of channels, "
+            "nothing after the rotation but a constant), so Self-Extend would be wrong. Extend it by rope_parameters "
+            "instead."
+        )
+    positions = one.position_ids
+    if layer and (positions is None or not (positions.is_meta or positions.tolist() == [list(_POSITIONS[0])])):
         raise ValueError(f"{where} does not hand position_ids to its attention function. Self-Extend needs them.")
+    return layer
+
+
+def _explained(one: _Heard, other: _Heard, rotaries: list[nn.Module]) -> Iterator[tuple[float, RotaryLayer | None]]:
+    """Say how unlike the second run the first one is: as it is, and turned by every rotation."""
+    is_meta, parts = one.query.is_meta, (one.query, one.key)
+    yield float(any(x.requires_grad for x in parts)) if is_meta else _unlike(parts, other), None
     old, new = (torch.tensor([positions], device=one.key.device) for positions in _POSITIONS)
     for rotary in rotaries:
         for buffer, frequencies in rotary.named_buffers():
             if not buffer.endswith("inv_freq") or "original" in buffer or 2 * len(frequencies) > one.key.shape[-1]:
                 continue
-            if one.query.is_meta:
-                return RotaryLayer(one.attention, rotary, buffer, None)
-            frequencies = frequencies.to(one.key.device)
+            if is_meta:
+                yield 0.0, RotaryLayer(one.attention, rotary, buffer, None)
+                continue
             for interleaved in (False, True):
-                turned = [rotate(x, old, new, frequencies, interleaved) for x in (one.query, one.key)]
-                if _near(turned[0], other.query) and _near(turned[1], other.key):
-                    return RotaryLayer(one.attention, rotary, buffer, interleaved)
-    raise ValueError(
-        f"{where} does not rotate queries and keys in a way that can be composed (halves or pairs of channels, "
-        "nothing after the rotation but a constant), so Self-Extend would be wrong. Extend it by rope_parameters "
-        "instead."
-    )
+                turned = [rotate(x, old, new, frequencies.to(x.device), interleaved) for x in parts]
+                yield _unlike(turned, other), RotaryLayer(one.attention, rotary, buffer, interleaved)
 
 
-def _has_positions(one: _Heard, other: _Heard) -> bool:
-    """Whether a layer's queries or keys depend on their positions."""
-    if one.query.is_meta:
-        return one.query.requires_grad or one.key.requires_grad
-    return not (_near(one.query, other.query) and _near(one.key, other.key))
-
-
-def _near(one: Tensor, other: Tensor) -> bool:
-    """Whether two are the same but for rounding, which a model does twice in its own dtype."""
-    tolerance = 16 * torch.finfo(one.dtype).eps if one.dtype.itemsize < 4 else 1e-4
-    return float((one - other).float().norm()) <= tolerance * float(other.float().norm())
+def _unlike(parts: Sequence[Tensor], other: _Heard) -> float:
+    """How far queries and keys are from those of another run, as a share of their norm."""
+    pairs = zip(parts, (other.query, other.key), strict=True)
+    return max(float((x - y).float().norm() / y.float().norm().clamp(min=1e-30)) for x, y in pairs)
 
 
 def _run(model: nn.Module, config: Any, rotaries: list[nn.Module], positions: tuple[int, ...]) -> list[_Heard]:
