@@ -110,9 +110,9 @@ def test_no_text_up_to_the_advised_length_turns_a_channel_to_an_angle_that_the_m
         assert furthest >= 1000
         assert ((turned(model, furthest) <= seen * 1.001) | (seen >= 2 * math.pi)).all()
         # It is what the setting reaches: more is beyond its window, or turns a channel further.
-        assert furthest == reach_of(read_rope(model)) or (
-            ((turned(model, furthest + 3) > seen) & (seen < 2 * math.pi)).any()
-        )
+        window = reach_of(read_rope(model))
+        assert ("reaches less than its window" in found[method].note) == (furthest < window)
+        assert furthest == window or (((turned(model, furthest + 3) > seen) & (seen < 2 * math.pi)).any())
     # Up to `max_position_embeddings` a dynamic type rotates by the unscaled frequencies.
     assert (found["dynamic"].settings is None) == (own in ("yarn", "llama3", "longrope"))
 
@@ -196,6 +196,14 @@ def test_a_model_that_is_extended_already_is_extended_from_where_it_is():
     config = models.llama(max_position_embeddings=256, rope_parameters=LINEAR).config
     assert by_method(config, 512).keys() == {"none"}
     assert by_method(config, 1024)["linear"].settings["rope_parameters"]["factor"] == 4.0
+
+
+def test_the_base_reaches_its_window_where_every_channel_has_seen_a_full_turn():
+    config = models.llama(rope_parameters={"rope_type": "default", "rope_theta": 10.0}).config
+    ntk = by_method(config, 256)["ntk"]
+    assert (ntk.settings["rope_parameters"]["factor"], ntk.reach) == (2.0, 256)
+    assert "less than its window" not in ntk.note
+    assert "less than its window" in by_method(models.llama().config, 256)["ntk"].note
 
 
 def test_what_a_model_does_not_take_says_why():

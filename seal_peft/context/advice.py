@@ -28,7 +28,7 @@ _LARGEST, _ROUNDING = 400_000, 1 + 1e-5
 _NOTES = {
     "linear": "squeezes all positions, also of short texts; few models bear it untrained",
     "dynamic": "exact up to the native length; keys in a cache keep the frequencies of their time",
-    "ntk": "raises the base of the rotation once, which engines serve as rope_theta; reaches less than its window",
+    "ntk": "raises the base of the rotation once, which engines serve as rope_theta",
     "yarn": "leaves fast frequencies alone; the usual choice, and engines serve it",
 }
 
@@ -126,7 +126,8 @@ def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
         return Advice(kind, None, 0, "whatever its factor, some channels turn to angles that the model has not seen")
     longest = int(quarters * unit / 4)
     beyond = bisect_left(range(longest + 1), True, lo=length, key=lambda tokens: not holds(quarters, tokens))
-    return Advice(kind, {"rope_parameters": {"rope_type": kind, "factor": quarters / 4}}, beyond - 1, _NOTES[kind])
+    note = _NOTES[kind] + ("; reaches less than its window" if beyond <= longest else "")
+    return Advice(kind, {"rope_parameters": {"rope_type": kind, "factor": quarters / 4}}, beyond - 1, note)
 
 
 def _angles(model: nn.Module, length: int) -> torch.Tensor:
