@@ -43,6 +43,16 @@ def test_disabling_gives_the_base_back_bit_for_bit():
     assert torch.equal(logits(model), plain)
 
 
+def test_a_dynamic_type_that_was_switched_off_begins_anew():
+    model, shorter = extended(TYPES["dynamic"]), LONG[:, :40]
+    fresh = logits(model, shorter)
+    logits(model)
+    assert not torch.equal(logits(model, shorter), fresh)  # the frequencies of the longest text stay
+    with model.disable_adapter():
+        pass
+    assert torch.equal(logits(model, shorter), fresh)
+
+
 def test_unloading_and_deleting_give_the_base_back_bit_for_bit():
     plain = logits(llama())
     model = extended()

@@ -166,11 +166,19 @@ def resolve_rope(
 
 
 def reach_of(parameters: Mapping[str, Any]) -> int:
-    """Return how many tokens parameters in the form of `read_rope` reach."""
+    """Return how many tokens parameters in the form of `read_rope` reach.
+
+    Usually it is the maximum. `dynamic` and, for all layers at once, `linear` keep their factor out of it, and so do
+    models whose YaRN was switched on by hand, which left the maximum at the native length.
+    """
+    longest: int = parameters[MAX]
     by_layer: list[Mapping[str, Any]] = [value for value in parameters.values() if isinstance(value, dict)]
-    outside = {"dynamic"} if by_layer else {"dynamic", "linear"}  # types whose factor is not in the maximum
-    factors = [kind["factor"] for kind in by_layer or [parameters] if kind.get("rope_type") in outside]
-    return int(max(factors, default=1) * parameters[MAX])
+    reached = [longest]
+    for kind in by_layer or [parameters]:
+        native = {"dynamic": longest, "yarn": kind.get(NATIVE, longest), "longrope": kind.get(NATIVE, longest)}
+        native |= {} if by_layer else {"linear": longest}
+        reached.append(int(native.get(str(kind.get("rope_type")), 0) * kind.get("factor", 1)))
+    return max(reached)
 
 
 def _resolve(
