@@ -11,6 +11,7 @@ from statistics import mean
 import pytest
 from peft import LoraConfig
 
+from faults import signal_that_ended, start
 from seal_peft.reproduce import stage
 from seal_peft.reproduce.parts import PARTS, Data, Part, Training, shrunk
 from seal_peft.reproduce.pictures import draw_grid, draw_transfer
@@ -96,6 +97,21 @@ def test_a_second_call_does_only_what_is_missing(done, monkeypatch: pytest.Monke
     assert [name.partition("=")[0] for name in one] == ["lora@1"]
     assert len(all_of_them) == 4
     assert result_of(folder)["cells"] == before["cells"]
+
+
+def test_processes_that_end_together_leave_one_whole_result(done) -> None:
+    folder, words = done
+    before = result_of(folder)
+    shutil.rmtree(folder / "out")
+
+    def end_four_times() -> None:
+        for _ in range(4):
+            assert seal(*words) == 0
+
+    for child in [start(end_four_times) for _ in range(3)]:
+        assert signal_that_ended(child) == 0
+    assert result_of(folder) == before
+    assert not (folder / "out" / "reproduce-mini" / "metrics.json").exists()
 
 
 def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.CaptureFixture[str]) -> None:

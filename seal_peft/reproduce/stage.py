@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+from filelock import FileLock
 from peft import get_peft_model
 
 from ..data import make_samples, read_samples, write_samples
@@ -146,10 +147,11 @@ class _Run:
         )
         folder = self.folder / "result"
         make_all({folder / "metrics.json": partial(self.write, folder, systems)})
-        output = Path(self.arguments.output_dir)
-        shutil.copytree(folder, output / f"reproduce-{self.name}", ignore=_lock_files, dirs_exist_ok=True)
-        (output / f"reproduce-{self.name}" / "metrics.json").replace(output / f"reproduce-{self.name}.json")
-        return read_json(folder / "metrics.json")
+        result, output = read_json(folder / "metrics.json"), Path(self.arguments.output_dir)
+        with FileLock(folder / ".copied.lock"):  # all processes come by here at once
+            shutil.copytree(folder, output / f"reproduce-{self.name}", ignore=_not_copied, dirs_exist_ok=True)
+            write_json(output / f"reproduce-{self.name}.json", result)
+        return result
 
     # -- samples and adapters -----------------------------------------------------------------------------------------
 
@@ -297,7 +299,7 @@ class _Run:
         return {**metrics, "seeds": metrics["systems"], "windows": windows, **summarise(samples, by_sample, BASE)}
 
 
-_lock_files = shutil.ignore_patterns(".*.lock")
+_not_copied = shutil.ignore_patterns(".*.lock", "metrics.json")
 
 
 def _rate(training: Training) -> float:
