@@ -179,14 +179,15 @@ def train(
     Raises:
         ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, an
             adapter to start from that does not fit, a finished adapter, an unfinished training with other settings,
-            or files of another stage in the output folder; raised before the model is loaded. Another process trains
-            into the folder.
+            files of another stage in the output folder, or several GPUs for one process; raised before the model is
+            loaded. Another process trains into the folder.
     """
     if arguments.memory is not None and training_arguments.activation_checkpointing:
         raise ValueError(
             f"--memory {arguments.memory} and --activation_checkpointing both say what is kept for the backward pass: "
             "give one of them."
         )
+    _check_one_gpu(training_arguments)
     if arguments.granularity is None:
         arguments = replace(arguments, granularity="channel" if "output" in arguments.sites else "head")
     samples = read_samples(arguments.train_file)
@@ -261,6 +262,17 @@ def train(
         write_json(output_dir / FINISHED, record)
         (output_dir / UNFINISHED).unlink(missing_ok=True)
         return output_dir
+
+
+def _check_one_gpu(training_arguments: SealTrainingArguments) -> None:
+    """Refuse several GPUs in one process: the Trainer's DataParallel makes every batch as many times larger."""
+    gpus = training_arguments.n_gpu
+    if gpus > 1:
+        raise ValueError(
+            f"This process sees {gpus} GPUs, and transformers would split batches {gpus} times as large over them "
+            "(DataParallel). Set CUDA_VISIBLE_DEVICES=0 to train on one, or start a process for each: "
+            f"`accelerate launch --multi_gpu --num_processes {gpus} -m seal_peft train ...`."
+        )
 
 
 def _config(arguments: TrainArguments) -> SealConfig:

@@ -9,6 +9,7 @@ from pathlib import Path
 from statistics import mean
 
 import pytest
+import torch
 from peft import LoraConfig
 
 from faults import signal_that_ended, start
@@ -122,6 +123,15 @@ def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.Captu
     assert "argument --parts: invalid choice: 'lime'" in error_of(capsys)
     with pytest.raises(ValueError, match=f"There is no part 'lime'. The parts: {', '.join(PARTS)}"):
         stage.reproduce(stage.ReproduceArguments(["lime"]))
+
+
+def test_a_process_that_sees_several_gpus_is_told_to_be_one_of_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert seal("reproduce", "lines", "--work_dir", tmp_path / "work") == 1
+    assert "`CUDA_VISIBLE_DEVICES=0 seal-peft reproduce ... &` and so on to 1." in error_of(capsys)
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "mini"])

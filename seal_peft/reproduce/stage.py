@@ -14,6 +14,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any, Literal
 
+import torch
 from filelock import FileLock
 from peft import get_peft_model
 
@@ -78,12 +79,18 @@ def reproduce(arguments: ReproduceArguments) -> str:
         A table of scores by length for each part.
 
     Raises:
-        ValueError: There is no such part, or the work folder holds work of another model or size.
+        ValueError: There is no such part, the process sees several GPUs, or the work folder holds work of another
+            model or size.
         ImportError: matplotlib is missing.
     """
     new_figure(1, 1)  # asked first: pictures come last
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}. The parts: {', '.join(PARTS)}.")
+    if (gpus := torch.cuda.device_count()) > 1:
+        raise ValueError(
+            f"This process sees {gpus} GPUs and uses one. Start one or more for each GPU, which share the work: "
+            f"`CUDA_VISIBLE_DEVICES=0 seal-peft reproduce ... &` and so on to {gpus - 1}."
+        )
     check_place(Path(arguments.output_dir))
     check_place(Path(arguments.work_dir))
     _claim_folder(arguments)
