@@ -80,6 +80,20 @@ def test_each_seed_and_method_is_an_adapter_of_its_own(done) -> None:
     assert len(set(seeds)) == 4
 
 
+def test_the_samples_alone_need_no_model_and_are_those_of_the_whole_part(done, tmp_path: Path) -> None:
+    folder, words = done
+    weightless = save_model(tmp_path / "model", weights=False)
+    moved = ["--model_name_or_path", weightless, "--work_dir", tmp_path / "work", "--output_dir", tmp_path / "out"]
+    assert seal(*words[:2], *moved, "--samples_only") == 0
+
+    def samples_in(work: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (work / "data").glob("*.jsonl")}
+
+    assert samples_in(tmp_path / "work") == samples_in(folder / "work")
+    assert len(samples_in(tmp_path / "work")) == 3
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_call_does_only_what_is_missing(done, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, words = done
     before = result_of(folder)

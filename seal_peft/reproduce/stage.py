@@ -61,6 +61,12 @@ class ReproduceArguments:
     size: Literal["full", "tiny"] = field(
         default="full", metadata={"help": "tiny: only to see that everything runs; its scores mean nothing."}
     )
+    samples_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Make the samples and stop: work for a machine without a GPU, whose work folder then moves."
+        },
+    )
     per_device_eval_batch_size: int = field(
         default=8, metadata={"help": "Prompts of up to 8,192 tokens generated together; longer ones are fewer."}
     )
@@ -76,7 +82,7 @@ def reproduce(arguments: ReproduceArguments) -> str:
         arguments: See `ReproduceArguments`.
 
     Returns:
-        A table of scores by length for each part.
+        A table of scores by length for each part, or what was made if it is the samples only.
 
     Raises:
         ValueError: There is no such part, the process sees several GPUs, or the work folder holds work of another
@@ -97,7 +103,12 @@ def reproduce(arguments: ReproduceArguments) -> str:
     shown = []
     for name in arguments.parts:
         part = PARTS[name] if arguments.size == "full" else shrunk(PARTS[name])
-        metrics = _Run(name, part, arguments).finish()
+        run = _Run(name, part, arguments)
+        run.make_samples()
+        if arguments.samples_only:
+            shown.append(f"{name}: the samples are in {run.work / 'data'}.")
+            continue
+        metrics = run.finish()
         shown.append(f"{name}: {part.about}\n\n{markdown_table(length_rows(metrics))}")
     return "\n\n".join(shown)
 
@@ -123,8 +134,8 @@ class _Run:
         # Of other settings nothing is taken over but samples and adapters, which have theirs in their names.
         self.folder = self.work / name / fingerprint(asdict(part))[:8]
 
-    def finish(self) -> dict[str, Any]:
-        """Make what is missing, and write the results file."""
+    def make_samples(self) -> None:
+        """Make the samples of all trainings and of the test."""
         part = self.part
         trained = [training for training in part.trainings.values() if training.method != "none"]
         files = {
@@ -136,6 +147,10 @@ class _Run:
         if part.heads:
             files |= {self.samples(part.heads, "train", 100): partial(self.make, part.heads, "train", 100)}
         make_all(files)
+
+    def finish(self) -> dict[str, Any]:
+        """Make what is missing behind the samples, and write the results file."""
+        part = self.part
         make_all(
             {
                 self.adapter(training, seed) / "run.json": partial(self.train, training, seed)
