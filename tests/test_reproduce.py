@@ -1,6 +1,7 @@
 """The paper's experiments: a table of settings whose every row can be made, and one small row done from end to end."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -13,6 +14,7 @@ import torch
 from peft import LoraConfig
 
 from faults import signal_that_ended, start
+from pages import filled
 from seal_peft.reproduce import stage
 from seal_peft.reproduce.parts import PARTS, Data, Part, Training, shrunk
 from seal_peft.reproduce.pictures import draw_grid, draw_transfer
@@ -62,11 +64,20 @@ def test_the_results_are_means_over_seeds_with_what_it_took(done) -> None:
     counts = {(cell["length"], cell["depth"]): cell["n"] for cell in result["cells"]}
     assert counts == {(n, depth): 2 if depth is None else 1 for n in (400, 500) for depth in (None, 0.0, 1.0)}
     assert result["trainings"]["seal-h"]["trainable_parameters"] == 8
+    assert result["trainings"]["seal-h"]["tokens"] > 900
+    assert "seconds" not in result["trainings"]["seal-h"]  # of a process among several
     assert result["settings"]["test"]["lengths"] == [400, 500]
     assert result["versions"]["peft"]
     assert result["command"]
     assert str(folder) not in json.dumps({name: result[name] for name in ("arguments", "settings", "trainings")})
     assert (folder / "out" / "reproduce-mini" / "lines-lengths.png").is_file()
+
+
+def test_the_page_takes_the_results_file_of_the_part(done) -> None:
+    folder, _ = done
+    (page,) = filled("results/reproduce-lines.json", result_of(folder))
+    assert "| lines | 500 | 2 |" in page
+    assert re.search(r"^- seal-h: 8 parameters, \d+ tokens of training$", page, re.MULTILINE)
 
 
 def test_each_seed_and_method_is_an_adapter_of_its_own(done) -> None:

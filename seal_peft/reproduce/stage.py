@@ -284,7 +284,8 @@ class _Run:
         records = {
             name: read_json(self.adapter(t, self.seeds[0]) / "run.json") for name, t in self.part.trainings.items()
         }
-        keys = ("trainable_parameters", "samples", "tokens", "steps", "seconds", "peak_memory_bytes", "device")
+        # No seconds: a training shares the GPU with others, and one that was continued has those of its last call.
+        keys = ("trainable_parameters", "samples", "tokens", "steps", "peak_memory_bytes", "device")
         result = {
             "part": self.name,
             "about": self.part.about,
