@@ -11,10 +11,13 @@ from statistics import mean
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 
+import models
 from faults import signal_that_ended, start
 from pages import filled
+from seal_peft import SealConfig
+from seal_peft.prefill import can_prefill_apart
 from seal_peft.reproduce import stage
 from seal_peft.reproduce.parts import PARTS, Data, Part, Training, shrunk
 from seal_peft.reproduce.pictures import draw_grid, draw_transfer
@@ -175,10 +178,17 @@ def test_every_row_of_the_table_names_what_there_is(name: str) -> None:
     assert max(shrunk(part).test.lengths) <= 2048
 
 
-def test_prompts_of_32k_tokens_are_generated_one_by_one() -> None:
-    sizes = {name: part.test.together(8) for name, part in PARTS.items()}
-    assert sizes.pop("extension") == 1
+def test_batches_of_all_parts_have_as_many_tokens() -> None:
+    sizes = {name: part.test.together(8) for name, part in PARTS.items() if name != "mini"}
+    assert (sizes.pop("extension"), sizes.pop("heads"), sizes.pop("guard")) == (2, 16, 64)
     assert set(sizes.values()) == {8}
+    assert Data(("lines",), (100_000,), 1).together(8) == 1
+
+
+@pytest.mark.parametrize("extension", [{}, *(t.extension for t in PARTS["extension"].trainings.values())])
+def test_every_system_of_the_parts_reads_prompts_apart_so_that_memory_grows_with_tokens(extension: dict) -> None:
+    config = SealConfig(task_type="CAUSAL_LM", **extension)
+    assert can_prefill_apart(get_peft_model(models.llama(max_position_embeddings=8192), config))
 
 
 def test_parts_share_the_adapters_of_lines() -> None:

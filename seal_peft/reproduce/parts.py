@@ -50,11 +50,11 @@ class Data:
         return f"{'-'.join((*self.tasks, *map(str, self.lengths)))}-{self.samples}x{self.questions}{depths}"
 
     def together(self, prompts: int) -> int:
-        """Return how many prompts are generated together, where so many of the greatest of `LENGTHS` are.
+        """Return how many of its longest prompts have as many tokens as `prompts` of the greatest of `LENGTHS`.
 
-        A batch of unequal prompts needs a mask of length times length for each of them.
+        Prompts are read apart, so that what a batch takes grows with its tokens.
         """
-        return max(1, int(prompts * min(1.0, (LENGTHS[-1] / max(self.lengths)) ** 2)))
+        return max(1, prompts * LENGTHS[-1] // max(self.lengths))
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ class ReproduceArguments:
         },
     )
     per_device_eval_batch_size: int = field(
-        default=8, metadata={"help": "Prompts of up to 8,192 tokens generated together; longer ones are fewer."}
+        default=8, metadata={"help": "Prompts of 8,192 tokens generated together; of other lengths, as many tokens."}
     )
 
 
