@@ -6,9 +6,9 @@ A figure stands between a comment with a Jinja template over one results file, a
 
 A template of one line is a piece of a sentence; one of several lines is a block, such as a table. Names are those of
 the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`, and
-`report` is `seal_peft.report`, which makes tables of metrics, `sites` makes those of benchmarks/sites.py. Where a file
-is not there yet, the page says so. In the pages of `STRICT` nothing that looks like a measurement, a number with
-decimals or with a unit, stands anywhere else.
+`report` is `seal_peft.report`, which makes tables of metrics, `sites` makes those of benchmarks/sites.py, `picture`
+shows what was drawn with the file. Where a file is not there yet, the page says so. In the pages of `STRICT` nothing
+that looks like a measurement, a number with decimals or with a unit, stands anywhere else.
 
     python results/render.py          # make results: write the figures into the pages
     python results/render.py --check  # make results-check: change nothing, fail where a page says something else
@@ -57,6 +57,14 @@ def interval(value: dict[str, float]) -> str:
     return f"({value['low']:.2f} to {value['high']:.2f})"
 
 
+def picture(name: str, text: str) -> str:
+    """Show a picture of results/ in a page of docs/, which mkdocs lets show only what is in docs/: a copy."""
+    copy = Path("docs/images", name.replace("/", "-"))
+    if not (ROOT / copy).is_file():
+        raise ValueError(f"{copy} is not there: `cp results/{name} {copy}`")
+    return f"![{text}](images/{copy.name})"
+
+
 def environment() -> Environment:
     """Make what templates are rendered with."""
     made = Environment(undefined=StrictUndefined, autoescape=False)
@@ -65,6 +73,7 @@ def environment() -> Environment:
     made.filters["interval"] = interval
     made.globals["report"] = report
     made.globals["sites"] = sites
+    made.globals["picture"] = picture
     return made
 
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 import models
 from faults import signal_that_ended, start
-from pages import filled
+from pages import filled, render
 from seal_peft import SealConfig
 from seal_peft.prefill import can_prefill_apart
 from seal_peft.reproduce import stage
@@ -76,11 +76,16 @@ def test_the_results_are_means_over_seeds_with_what_it_took(done) -> None:
     assert (folder / "out" / "reproduce-mini" / "lines-lengths.png").is_file()
 
 
-def test_the_page_takes_the_results_file_of_the_part(done) -> None:
+def test_the_page_takes_the_results_file_of_the_part(done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, _ = done
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    copy = tmp_path / "docs" / "images" / "reproduce-lines-lines-lengths.png"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(folder / "out" / "reproduce-mini" / "lines-lengths.png", copy)
     (page,) = filled("results/reproduce-lines.json", result_of(folder))
     assert "| lines | 500 | 2 |" in page
     assert re.search(r"^- seal-h: 8 parameters, \d+ tokens of training$", page, re.MULTILINE)
+    assert page.rstrip().endswith(f"![Score by length](images/{copy.name})")
 
 
 def test_each_seed_and_method_is_an_adapter_of_its_own(done) -> None:

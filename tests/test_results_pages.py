@@ -54,3 +54,19 @@ def test_names_settings_and_code_are_no_figures(text):
 def test_a_wrong_template_or_place_is_named(mark, complaint):
     (problem,) = render.problems("docs/cli.md", f"A page.\n\n{mark}", JINJA)
     assert complaint in problem
+
+
+def test_a_picture_is_shown_once_its_copy_is_in_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    template = '<!-- results/own.json:\n{{ picture("reproduce-own/map.png", "A map") }}\n-->'
+    page = f"A page.\n\n{template}\n\nNot measured yet.\n\n<!-- end -->"
+    assert render.problems("docs/own.md", page, JINJA) == []
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "own.json").write_text("{}")
+    (problem,) = render.problems("docs/own.md", page, JINJA)
+    copy = "docs/images/reproduce-own-map.png"
+    assert f"{copy} is not there: `cp results/reproduce-own/map.png {copy}`" in problem
+    (tmp_path / copy).parent.mkdir(parents=True)
+    (tmp_path / copy).touch()
+    shown = "![A map](images/reproduce-own-map.png)"
+    assert render.rendered(page, JINJA) == f"A page.\n\n{template}\n\n{shown}\n\n<!-- end -->"

@@ -296,8 +296,7 @@ class _Run:
             **metrics,
         }
         if self.part.heads:
-            found = read_json(self.folder / "heads" / "heads.json")
-            result["heads"] = found
+            result["heads"] = read_json(self.folder / "heads" / "heads.json")
         for name in ("model_name_or_path", "test_file", "output_dir", "adapters"):
             result["arguments"].pop(name)  # paths of one machine
         write_json(folder / "metrics.json", result)
@@ -305,6 +304,9 @@ class _Run:
         if self.part.matrix:
             draw = {"grid": draw_grid, "transfer": draw_transfer}[self.part.matrix]
             draw(result, result_folder / f"{self.part.matrix}.png")
+        if self.part.heads:
+            for picture in (self.folder / "heads").glob("*.png"):
+                shutil.copy(picture, result_folder)
         write_json(result_folder / "metrics.json", result)
 
     def over_seeds(self, metrics: dict[str, Any], together: list[str]) -> dict[str, Any]:
