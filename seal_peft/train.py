@@ -26,7 +26,7 @@ from .data import prompt_hash, read_samples, trained_prompts
 from .dataset import training_rows
 from .files import alone_in, write_json
 from .folders import check_output_folder
-from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
+from .loading import DTYPE_HELP, Dtype, check_one_gpu, load_config, load_model, load_tokenizer, pick_dtype
 from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
@@ -187,7 +187,7 @@ def train(
             f"--memory {arguments.memory} and --activation_checkpointing both say what is kept for the backward pass: "
             "give one of them."
         )
-    _check_one_gpu(training_arguments)
+    check_one_gpu(training_arguments.n_gpu)
     if arguments.granularity is None:
         arguments = replace(arguments, granularity="channel" if "output" in arguments.sites else "head")
     samples = read_samples(arguments.train_file)
@@ -262,17 +262,6 @@ def train(
         write_json(output_dir / FINISHED, record)
         (output_dir / UNFINISHED).unlink(missing_ok=True)
         return output_dir
-
-
-def _check_one_gpu(training_arguments: SealTrainingArguments) -> None:
-    """Refuse several GPUs in one process: the Trainer's DataParallel makes every batch as many times larger."""
-    gpus = training_arguments.n_gpu
-    if gpus > 1:
-        raise ValueError(
-            f"This process sees {gpus} GPUs, and transformers would split batches {gpus} times as large over them "
-            "(DataParallel). Set CUDA_VISIBLE_DEVICES=0 to train on one, or start a process for each: "
-            f"`accelerate launch --multi_gpu --num_processes {gpus} -m seal_peft train ...`."
-        )
 
 
 def _config(arguments: TrainArguments) -> SealConfig:
