@@ -30,15 +30,21 @@ from seal_peft import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STRICT = ("README.md", "docs/results.md", "docs/heads.md")
+STRICT = ("README.md", "docs/results.md", "docs/heads.md", "docs/reproduce.md")
 
 MARK = re.compile(r"<!-- (results/[\w.-]+\.json):(.*?)-->(.*?)<!-- end -->", re.DOTALL)
 MISSING = "Not measured yet."
-# What is no statement of ours: code, where links lead, comments, the numbers of papers.
-NOT_TEXT = re.compile(r"^```.*?^```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+", re.DOTALL | re.MULTILINE)
-UNIT = r"%|ms|s|seconds|minutes|min|[KMG]i?B|bytes|nats|points|times|tokens/s"
+# What is no statement of ours: code, where links lead, comments, and what the paper has, in a paragraph that says so.
+NOT_TEXT = re.compile(
+    r"^```.*?^```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+|^(?:Paper|Reported)\b.*?\n$", re.DOTALL | re.MULTILINE
+)
+UNIT = r"%|x(?! ?\d)|ms|s|seconds?|min|minutes?|h|hours?|days?|[KMGT]i?B|bytes|nats|points?|times|tokens/s"
+UNIT += r"|[KMGT]?FLOPs?(?:/s)?"
+NUMBER = r"(?<![\w.,=<>-])[+-]?\d[\d,]*"
 # A number that is part of a name, such as the one of Llama-3.1-8B or of a version, is no figure.
-FIGURE = re.compile(rf"(?<![\w.,=<>-])[+-]?\d[\d,]*(?:(?:\.\d+)+(?:e-?\d+)?(?![\w-])|(?= ?(?:{UNIT})(?![\w/])))")
+FIGURE = re.compile(
+    rf"{NUMBER}(?:(?:\.\d+)*(?:e-?\d+)? ?(?:{UNIT})(?![\w/])|(?:\.\d+)+(?:e-?\d+)?(?!\w|-[^\W\d])| of (?:the )?\d)"
+)
 
 
 def sites(own: dict[str, Any]) -> str:

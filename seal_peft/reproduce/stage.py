@@ -59,7 +59,7 @@ def reproduce(arguments: ReproduceArguments) -> str:
     """Do parts of the paper, one after the other.
 
     Called again, it goes on where it was interrupted. Several processes with the same words share the work: each
-    sample file, training and system is one process's at a time.
+    sample file, training, score of the heads and system is one process's at a time.
 
     Args:
         arguments: See `ReproduceArguments`.
