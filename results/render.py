@@ -10,17 +10,21 @@ the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `in
 shows what was drawn with the file. Where a file is not there yet, the page says so. In the pages of `STRICT` nothing
 that looks like a measurement, a number with decimals or with a unit, stands anywhere else.
 
-    python results/render.py          # make results: write the figures into the pages
+    python results/render.py          # make results: write the figures into the pages, copy pictures to docs/images
     python results/render.py --check  # make results-check: change nothing, fail where a page says something else
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +67,27 @@ def interval(value: dict[str, float]) -> str:
     return f"({value['low']:.2f} to {value['high']:.2f})"
 
 
-def picture(name: str, text: str) -> str:
+def picture(name: str, text: str, copies: bool) -> str:
     """Show a picture of results/ in a page of docs/, which mkdocs lets show only what is in docs/: a copy."""
-    copy = Path("docs/images", name.replace("/", "-"))
-    if not (ROOT / copy).is_file():
-        raise ValueError(f"{copy} is not there: `cp results/{name} {copy}`")
+    source, copy = ROOT / "results" / name, ROOT / "docs" / "images" / name.replace("/", "-")
+    if copies and source.is_file():
+        shutil.copyfile(source, copy)
+    if not copy.is_file() or (source.is_file() and not filecmp.cmp(source, copy, shallow=False)):
+        raise ValueError(
+            f"docs/images/{copy.name} is not a copy of results/{name}: where that is, `make results` makes it"
+        )
     return f"![{text}](images/{copy.name})"
 
 
-def environment() -> Environment:
-    """Make what templates are rendered with."""
+def environment(copies: bool = False) -> Environment:
+    """Make what templates are rendered with; pictures are copied into docs/ if it is asked for."""
     made = Environment(undefined=StrictUndefined, autoescape=False)
     made.filters["fixed"] = lambda value, digits=0: f"{value:,.{digits}f}"
     made.filters["signed"] = lambda value, digits=0: f"{value:+,.{digits}f}"
     made.filters["interval"] = interval
     made.globals["report"] = report
     made.globals["sites"] = sites
-    made.globals["picture"] = picture
+    made.globals["picture"] = partial(picture, copies=copies)
     return made
 
 
@@ -141,13 +149,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    jinja = environment()
+    jinja = environment(copies=not options.check)
     found, files = [], []
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if not options.check:
-            page = rendered(page, jinja)
-            path.write_text(page, encoding="utf-8")
+            with suppress(ValueError):  # the page stays, and `problems` says why
+                page = rendered(page, jinja)
+                path.write_text(page, encoding="utf-8")
         found += problems(path.relative_to(ROOT).as_posix(), page, jinja)
         files += [mark[1] for mark in MARK.finditer(page)]
     if found:

@@ -67,17 +67,27 @@ def test_a_wrong_template_or_place_is_named(mark, complaint):
     assert complaint in problem
 
 
-def test_a_picture_is_shown_once_its_copy_is_in_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_picture_is_a_copy_in_docs_of_the_one_that_was_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(render, "ROOT", tmp_path)
     template = '<!-- results/own.json:\n{{ picture("reproduce-own/map.png", "A map") }}\n-->'
     page = f"A page.\n\n{template}\n\nNot measured yet.\n\n<!-- end -->"
     assert render.problems("docs/own.md", page, JINJA) == []
-    (tmp_path / "results").mkdir()
+    drawn, copy = tmp_path / "results/reproduce-own/map.png", tmp_path / "docs/images/reproduce-own-map.png"
+    drawn.parent.mkdir(parents=True)
+    copy.parent.mkdir(parents=True)
     (tmp_path / "results" / "own.json").write_text("{}")
-    (problem,) = render.problems("docs/own.md", page, JINJA)
-    copy = "docs/images/reproduce-own-map.png"
-    assert f"{copy} is not there: `cp results/reproduce-own/map.png {copy}`" in problem
-    (tmp_path / copy).parent.mkdir(parents=True)
-    (tmp_path / copy).touch()
-    shown = "![A map](images/reproduce-own-map.png)"
-    assert render.rendered(page, JINJA) == f"A page.\n\n{template}\n\n{shown}\n\n<!-- end -->"
+    complaint = "docs/images/reproduce-own-map.png is not a copy of results/reproduce-own/map.png"
+    writing = render.environment(copies=True)
+    assert complaint in render.problems("docs/own.md", page, writing)[0]  # it is nowhere
+    drawn.write_bytes(b"drawn")
+    assert complaint in render.problems("docs/own.md", page, JINJA)[0]
+    page = render.rendered(page, writing)
+    assert page == f"A page.\n\n{template}\n\n![A map](images/reproduce-own-map.png)\n\n<!-- end -->"
+    assert copy.read_bytes() == b"drawn"
+    assert render.problems("docs/own.md", page, JINJA) == []
+    drawn.write_bytes(b"drawn anew")
+    assert complaint in render.problems("docs/own.md", page, JINJA)[0]
+    drawn.unlink()
+    assert render.problems("docs/own.md", page, JINJA) == []
