@@ -127,7 +127,10 @@ def test_each_seed_and_method_is_an_adapter_of_its_own(done) -> None:
     assert len(set(seeds)) == 4
 
 
-def test_the_samples_alone_need_no_model_and_are_those_of_the_whole_part(done, tmp_path: Path) -> None:
+def test_the_samples_alone_need_no_model_and_are_those_of_the_whole_part(
+    done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # and no GPU, so it does not matter how many
     folder, words = done
     weightless = save_model(tmp_path / "model", weights=False)
     moved = ["--model_name_or_path", weightless, "--work_dir", tmp_path / "work", "--output_dir", tmp_path / "out"]

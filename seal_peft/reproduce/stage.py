@@ -75,7 +75,7 @@ def reproduce(arguments: ReproduceArguments) -> str:
     new_figure(1, 1)  # asked first: pictures come last
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}. The parts: {', '.join(PARTS)}.")
-    if (gpus := torch.cuda.device_count()) > 1:
+    if (gpus := torch.cuda.device_count()) > 1 and not arguments.samples_only:
         raise ValueError(
             f"This process sees {gpus} GPUs and uses one. Start one or more for each GPU, which share the work: "
             f"`CUDA_VISIBLE_DEVICES=0 seal-peft reproduce ... &` and so on to {gpus - 1}."
