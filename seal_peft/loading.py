@@ -29,6 +29,20 @@ def pick_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def check_one_gpu(gpus: int) -> None:
+    """Refuse a Trainer that has several GPUs in one process: its DataParallel makes batches as many times larger.
+
+    Raises:
+        ValueError: There are several.
+    """
+    if gpus > 1:
+        raise ValueError(
+            f"This process sees {gpus} GPUs, and transformers would split batches {gpus} times as large over them "
+            "(DataParallel). Set CUDA_VISIBLE_DEVICES=0 to train on one, or start a process for each: "
+            f"`accelerate launch --multi_gpu --num_processes {gpus} -m seal_peft train ...`."
+        )
+
+
 def pick_dtype(name: str) -> torch.dtype:
     """Turn a dtype name into a dtype; `auto` is bfloat16 where the hardware computes in it, else float32.
 

@@ -26,7 +26,7 @@ from .data import prompt_hash, read_samples, trained_prompts
 from .dataset import training_rows
 from .files import alone_in, write_json
 from .folders import check_output_folder
-from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_tokenizer, pick_dtype
+from .loading import DTYPE_HELP, Dtype, check_one_gpu, load_config, load_model, load_tokenizer, pick_dtype
 from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
@@ -179,14 +179,15 @@ def train(
     Raises:
         ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, an
             adapter to start from that does not fit, a finished adapter, an unfinished training with other settings,
-            or files of another stage in the output folder; raised before the model is loaded. Another process trains
-            into the folder.
+            files of another stage in the output folder, or several GPUs for one process; raised before the model is
+            loaded. Another process trains into the folder.
     """
     if arguments.memory is not None and training_arguments.activation_checkpointing:
         raise ValueError(
             f"--memory {arguments.memory} and --activation_checkpointing both say what is kept for the backward pass: "
             "give one of them."
         )
+    check_one_gpu(training_arguments.n_gpu)
     if arguments.granularity is None:
         arguments = replace(arguments, granularity="channel" if "output" in arguments.sites else "head")
     samples = read_samples(arguments.train_file)

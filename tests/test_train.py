@@ -414,6 +414,26 @@ def test_samples_beyond_the_window_are_refused_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_two_gpus_for_one_process_are_refused_as_transformers_would_double_every_batch(
+    weightless: Path, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = [
+        "--model_name_or_path",
+        weightless,
+        "--train_file",
+        house / "train.jsonl",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    error = refusal(capsys, *words)
+    assert "This process sees 2 GPUs" in error
+    assert "`accelerate launch --multi_gpu --num_processes 2 -m seal_peft train ...`" in error
+    assert not (tmp_path / "out").exists()
+    assert "window of this model is 300 tokens" in refusal(capsys, *words, "--use_cpu")
+
+
 def test_a_plain_trainers_rows_are_checked_against_what_the_model_reads_with_its_adapter(house: Path) -> None:
     samples, tokenizer = read_samples(house / "train.jsonl"), AutoTokenizer.from_pretrained(house / "model")
     model = get_peft_model(models.llama(max_position_embeddings=300), SealConfig())
