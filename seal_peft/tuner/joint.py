@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,7 +58,8 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
 
     Raises:
         TypeError: The model is no PEFT model yet, or the config is not one of PEFT's.
-        ValueError: The name is taken, the model has adapters of the config's method only, or of prompt learning.
+        ValueError: The name is taken, the model has adapters of the config's method only, or of prompt learning, or
+            PEFT cannot add the adapter. The model has its old adapters then, and no other.
 
     Example:
         ```python
@@ -83,23 +85,23 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
             f"The model is made for {old}, which has no layers that SEAL could stand beside. Only methods that put "
             "modules into the model go together with SEAL."
         )
+    if not isinstance(config, SealConfig) and old != "SEAL":
+        raise ValueError(f"Neither the model ({old}) nor the new adapter ({new}) is SEAL's. Add SEAL first.")
     inner: Any = model.get_base_model()
     driver: Any = model.base_model
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _all_or_nothing(model, config, adapter_name):
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         if isinstance(config, SealConfig):
             config.task_type = config.task_type or model.active_peft_config.task_type
             model = get_peft_model(inner, config, adapter_name)
-        elif old == "SEAL":
+        else:
             config.base_model_name_or_path = inner.__dict__.get("name_or_path") or None
             inject_adapter_in_model(config, inner, adapter_name)
             driver._cast_adapter_dtype(adapter_name)
             for name in [name for name, known in model.peft_config.items() if isinstance(known, SealConfig)]:
                 # Saved last, when all that its card tells of is there.
                 model.peft_config[name] = model.peft_config.pop(name)
-        else:
-            raise ValueError(f"Neither the model ({old}) nor the new adapter ({new}) is SEAL's. Add SEAL first.")
     _sync(model.base_model)
     return model
 
@@ -186,6 +188,20 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
         driver.active_adapter = names
         if names and model.active_adapter not in names:
             model.active_adapter = names[0]
+
+
+@contextmanager
+def _all_or_nothing(model: PeftModel, config: PeftConfig, adapter_name: str) -> Iterator[None]:
+    """Take a new adapter back if adding it fails, in modules that were reached before, too; PEFT would leave it."""
+    try:
+        yield
+    except BaseException:
+        model.peft_config.pop(adapter_name, None)
+        layer_class = getattr(_tuner_class(config), "tuner_layer_cls", ())  # prompts have no layers
+        for layer in model.modules():
+            if isinstance(layer, layer_class):
+                layer.delete_adapter(adapter_name)
+        raise
 
 
 def _folders_in(folder: str | os.PathLike[str]) -> dict[str, str]:
