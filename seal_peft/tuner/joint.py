@@ -23,6 +23,7 @@ from peft.utils.other import _set_adapter as set_on_modules_to_save
 from torch import nn
 
 from .config import SealConfig
+from .positions import asking_otherwise
 from .reading import read_adapter
 
 if TYPE_CHECKING:
@@ -111,7 +112,7 @@ def load_adapters(
     folders: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str],
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Load SEAL and LoRA adapters that belong together, all active.
+    """Load SEAL and LoRA adapters that belong together, all active that can be.
 
     Args:
         base_model: The model that the adapters were trained on; it is modified in place.
@@ -120,7 +121,9 @@ def load_adapters(
         is_trainable: Whether all of them go on training. `False` freezes them.
 
     Returns:
-        A PEFT model with every adapter active. `save_pretrained` on it writes one folder per adapter.
+        A PEFT model with every adapter active. Of SEAL adapters that ask for different RoPE or Self-Extend, those are
+        active that ask for what the first one does; a warning names the others. `save_pretrained` on it writes one
+        folder per adapter.
 
     Raises:
         ValueError: A folder or Hub id is no adapter, none is a SEAL adapter, or a file is broken.
@@ -147,12 +150,20 @@ def load_adapters(
             configs[name].inference_mode = not is_trainable
             model = add_beside(model, configs[name], name)
         model.load_adapter(paths[name], name, is_trainable=is_trainable)
-    activate(model, names, inference_mode=not is_trainable)
-    if len(scaled := [name for name in names if isinstance(configs[name], SealConfig)]) > 1:
+    scaled = [name for name in names if isinstance(configs[name], SealConfig)]
+    apart = asking_otherwise(model, scaled)
+    activate(model, [name for name in names if name not in apart], inference_mode=not is_trainable)
+    if apart:
+        logger.warning(
+            "Adapters %s are loaded but not active: they ask for another RoPE or Self-Extend than %s. Choose with "
+            "`seal_peft.activate(model, [...])`.",
+            *(", ".join(apart), scaled[0]),
+        )
+    if len(multiplied := [name for name in scaled if name not in apart]) > 1:
         logger.warning(
             "Adapters %s are all active, so their scales multiply. Which were active when they were saved is not on "
             "record: choose with `seal_peft.activate(model, [...])`.",
-            ", ".join(scaled),
+            ", ".join(multiplied),
         )
     return model
 

@@ -126,6 +126,12 @@ def unloading(rope: Any, model: nn.Module, adapter_names: Sequence[str]) -> Iter
         )
 
 
+def asking_otherwise(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
+    """Return those of some SEAL adapters that ask for other positions than the first of them."""
+    rope = _switch_of(model)
+    return [name for name in adapter_names if rope and rope.requests[name] is not rope.requests[adapter_names[0]]]
+
+
 def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str) -> None:
     """Refuse to put the scales of one adapter in the place of another that was trained under other positions.
 
@@ -134,7 +140,7 @@ def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str
     Raises:
         ValueError: The two ask for different RoPE or Self-Extend.
     """
-    rope = next((module.rope for module in model.modules() if isinstance(module, SealLayer)), None)
+    rope = _switch_of(model)
     if rope is None:
         wanted(rope, config, model)
         return
@@ -158,6 +164,11 @@ def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str
             "scales may not fit.",
             stacklevel=3,
         )
+
+
+def _switch_of(model: nn.Module) -> Any:
+    """The `PositionSwitch` of a model with SEAL; `None` for models without RoPE."""
+    return next((module.rope for module in model.modules() if isinstance(module, SealLayer)), None)
 
 
 def _difference(trained: Mapping[str, Any], base: Mapping[str, Any]) -> str:
