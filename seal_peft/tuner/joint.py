@@ -126,6 +126,7 @@ def load_adapters(
         folder per adapter.
 
     Raises:
+        TypeError: Folders without names were given.
         ValueError: A folder or Hub id is no adapter, none is a SEAL adapter, or a file is broken.
 
     Example:
@@ -217,6 +218,11 @@ def _all_or_nothing(model: PeftModel, config: PeftConfig, adapter_name: str) -> 
 
 def _folders_in(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Find what PEFT wrote for a model with several adapters: "default" in the folder itself, others one below."""
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(
+            f"folders={folder!r} was given; use a dictionary from names of your choice to the folders or Hub ids of "
+            'the adapters, {"heads": "runs/heads", ...}, or the one folder that holds all of them.'
+        )
     below = [path.parent for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))]
     # The adapter that PEFT calls "default" lies in a Trainer's checkpoints, too, as it was earlier in the training.
     found = {path.name: str(path) for path in below if not (path / _TRAINER_STATE).is_file()}
