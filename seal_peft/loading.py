@@ -15,7 +15,7 @@ from peft.utils import CONFIG_NAME, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assets import public_id, resolve_model
-from .tuner import load_adapters
+from .tuner import activate, load_adapters
 from .tuner.reading import not_found, read_adapter
 
 logger = logging.getLogger(__name__)
@@ -197,13 +197,14 @@ def load_adapter(model: Any, *paths: str) -> PeftModel:
 
     Raises:
         ValueError: A part of an adapter has no place in the model, or a place in the model has no part; or there are
-            several, and none is SEAL's.
+            several, and none is SEAL's, or they ask for different RoPE or Self-Extend.
     """
     if len(paths) == 1:
         return _wrap(model, *paths).eval()
     adapters = {f"part{number}": path for number, path in enumerate(paths)}
     with _missing_refused():
         adapted = load_adapters(model, adapters)
+    activate(adapted, adapters, inference_mode=True)  # or refuse what cannot compute together
     for name, path in adapters.items():
         _refuse_unknown(adapted, path, name)
     return adapted.eval()
