@@ -1,5 +1,6 @@
 """Memory policies: the same gradients from less memory, and as much memory as there is."""
 
+import gc
 import sys
 from collections import Counter, namedtuple
 from functools import partial
@@ -139,6 +140,19 @@ def test_measuring_changes_neither_the_model_nor_the_random_numbers():
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.training
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_measuring_leaves_no_tensor_behind(name):
+    def tensors():
+        gc.collect()
+        return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+    model = MODELS[name]()
+    measure_layers(model, 1, 8)  # rotary angles may be made at the first call
+    before = tensors()
+    measure_layers(model, 1, 8)
+    assert tensors() == before
 
 
 # --- choosing ------------------------------------------------------------------------------------------------------
