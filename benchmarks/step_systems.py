@@ -74,6 +74,9 @@ class Bench:
             self.optimizers[name] = torch.optim.AdamW(self.trained(), lr=0.0)
             # What the first step allocates for good would otherwise lie in the midst of the memory of a later one.
             self.step(name, self.tokens(128))
+            self.optimizers[name].zero_grad()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def wear(self, system: str) -> None:
         """Put one system in place, ready to train."""
