@@ -18,6 +18,9 @@ BACKENDS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+# Of one time of one shape: after a pause the clocks are higher than power allows in a step of seconds, and of a few
+# short calls the first launch is a part that counts.
+SECONDS = 0.3
 
 
 def flops(config: Any, tokens: int, labels: int) -> dict[str, float]:
@@ -62,11 +65,7 @@ def measure_rates(config: Any, tokens: int, labels: int, device: str, repeats: i
 
     Of the attention kernels that run here, the one with the fastest forward and backward pass gives the floor.
     """
-
-    def timed(run: Callable[[], object]) -> float:
-        run()
-        return median(milliseconds(run, 2) for _ in range(repeats)) / 1e3
-
+    timed = partial(seconds_a_call, repeats=repeats)
     seconds = {"linear forward": 0.0, "linear backward": 0.0}
     for inputs, outputs in linear_sizes(config).values():
         weight = torch.randn(outputs, inputs, device=device, dtype=torch.bfloat16) / inputs**0.5
@@ -89,13 +88,20 @@ def measure_rates(config: Any, tokens: int, labels: int, device: str, repeats: i
     best = min(attention, key=lambda name: sum(count[part] / rate for part, rate in attention[name].items()))
     used = rates | attention[best]
     return {
-        "default attention": _default_backend(config, tokens, device),
+        "default attention": default_attention(config, tokens, device),
         "fastest attention": best,
         "flop_per_second": rates,
         "attention_flop_per_second": attention,
         "flops": count,
         "floor_ms": 1e3 * sum(count[part] / used[part] for part in count),
     }
+
+
+def seconds_a_call(run: Callable[[], object], repeats: int) -> float:
+    """Return seconds of one call among so many in a row as take `SECONDS`; of several times the median."""
+    run()
+    calls = max(1, round(1e3 * SECONDS / milliseconds(run, 1)))
+    return median(milliseconds(run, calls) for _ in range(repeats)) / 1e3
 
 
 def _qkv(config: Any, tokens: int, device: str) -> list[Tensor]:
@@ -117,6 +123,8 @@ def _attention_seconds(
         return timed(run), timed(backward)
 
 
-def _default_backend(config: Any, tokens: int, device: str) -> str:
+def default_attention(config: Any, tokens: int, device: str) -> str:
+    """Return the name of the kernel that torch chooses for a causal attention of this model."""
     qkv = _qkv(config, min(tokens, 4096), device)
-    return SDPBackend(torch._fused_sdp_choice(*qkv, is_causal=True, enable_gqa=True)).name
+    chosen = SDPBackend(torch._fused_sdp_choice(*qkv, is_causal=True, enable_gqa=True))
+    return chosen.name.lower().removesuffix("_attention")

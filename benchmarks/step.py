@@ -6,280 +6,156 @@ the input of the lowest output projection, so that the backward pass runs exactl
 Part `policies` trains SEAL-C and changes what layers keep. Part `rates` measures the matrix products and attentions of
 the model alone; the FLOP floor is a step of these that computes nothing twice.
 
-    python benchmarks/step.py --tokens 31744 --output results/step-8b-h200.json
+    python benchmarks/step.py --tokens 31744 --output results/step-8b.json
     python benchmarks/step.py --size tiny --tokens 64 128 --repeats 1 --output /tmp/step.json
 
-Parts and lengths that stand in the output file already stay there; those of this run are added or replaced.
+The rows of a part take turns, `--repeats` times. Every turn is written to the output file at once, and none is made
+again that stands there, so a killed command goes on with what is left. Not to fit is a result, too; a row that ended
+with another error keeps its text, fails the command after the other rows, and is tried again by the next one.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
-import json
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
-from peft import IA3Config, LoraConfig
-from rates import BACKENDS, measure_rates
-from shapes import SIZES, random_model
-from switch import QKVO, Switch
-from timing import milliseconds, summary
-from torch import Tensor, nn
+from rates import BACKENDS, default_attention, measure_rates
+from shapes import SIZES
+from step_systems import FLOOR, LABELS, METHODS, ON_HOST, POLICIES, RECOMPUTE, Bench, Policy
+from timing import milliseconds
 from torch.nn.attention import sdpa_kernel
 
-from seal_peft import SealConfig
-from seal_peft.files import write_json
-from seal_peft.memory.keep import Keep, Products, find_layers, run_layer, set_runners
-from seal_peft.memory.measure import measure_layers
-from seal_peft.memory.policy import LADDER, apply_memory_policy
+from seal_peft.files import read_json, write_json
 from seal_peft.provenance import provenance
 
 PARTS = ["rates", "systems", "policies"]
-LABELS = 20
 SEEDS = {"weights": 0, "tokens": "the length"}
-FLOOR = "frozen floor"
-METHODS: dict[str, Callable[[], Any]] = {
-    "seal-h": lambda: SealConfig(granularity="head"),
-    "seal-c": lambda: SealConfig(granularity="channel"),
-    "seal-c + query": lambda: SealConfig(granularity="channel", sites=("output", "query")),
-    "ia3 on the input of o_proj": lambda: IA3Config(target_modules=["o_proj"], feedforward_modules=["o_proj"]),
-    "lora r=4 q,k,v,o": lambda: LoraConfig(r=4, target_modules=QKVO),
-    "dora r=4 q,k,v,o": lambda: LoraConfig(r=4, target_modules=QKVO, use_dora=True),
-}
-# Longer inputs are warmed up at this length: there a step takes so long that one more would say nothing new.
-WARM_UP = 32_768
+# What the memory of the GPU keeps for others than torch's allocator: modules of kernels that are loaded later.
+LEFT_FREE = 2 * 2**30
+Row = dict[str, Any]
 
 
-class Nothing(torch.autograd.Function):
-    """Hands its input on, and asks for the gradient that a scale there would need."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, asks: Tensor) -> Tensor:
-        """Do nothing."""
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Do nothing."""
-        return (grads[0] if ctx.needs_input_grad[0] else None), grads[0].new_zeros(1, dtype=torch.float32)
-
-
-class Asking(nn.Module):
-    """A projection behind `Nothing`."""
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.asks = nn.Parameter(torch.zeros(1, device=next(base_layer.parameters()).device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Run the projection."""
-        return self.base_layer(Nothing.apply(x, self.asks))
-
-
-class Bench:
-    """A model with all systems, and one optimiser for each."""
-
-    def __init__(self, size: str, device: str) -> None:
-        self.model = random_model(size, device)
-        self.device = device
-        self.switch = Switch(self.model, METHODS)
-        base = self.switch.wrapped.pop("base")
-        asking = base | {"0.o_proj": Asking(base["0.o_proj"])}
-        self.switch.wrapped = {"base": base, FLOOR: asking, **self.switch.wrapped}
-        self.optimizers = {}
-        for name in list(self.switch.wrapped)[1:]:
-            self.wear(name)
-            # A rate of 0 keeps the weights, so that every step of a method must give the same gradient.
-            self.optimizers[name] = torch.optim.AdamW(self.trained(), lr=0.0)
-
-    def wear(self, system: str) -> None:
-        """Put one system in place, ready to train."""
-        self.switch.wear(system)
-        self.model.train()
-
-    def trained(self) -> list[nn.Parameter]:
-        """Return what the system in place trains."""
-        return [p for p in self.model.parameters() if p.requires_grad]
-
-    def step(self, system: str, input_ids: Tensor) -> None:
-        """Run forward, backward and optimiser once."""
-        labels = input_ids[:, -LABELS:]
-        self.optimizers[system].zero_grad()
-        self.model(
-            input_ids=input_ids, labels=labels, shift_labels=labels, logits_to_keep=LABELS, use_cache=False
-        ).loss.backward()
-        self.optimizers[system].step()
-
-    def tokens(self, length: int) -> Tensor:
-        """Return random token ids, the same for the same length."""
-        generator = torch.Generator().manual_seed(length)
-        ids = torch.randint(0, self.model.config.vocab_size, (1, length), generator=generator)
-        return ids.to(self.device)
+def rounds(
+    bench: Callable[[], Bench],
+    runs: dict[str, tuple[str, Policy]],
+    rows: dict[str, Row],
+    length: int,
+    repeats: int,
+    save: Callable[[], None],
+) -> list[str]:
+    """Let systems under policies take turns, as far as `rows` lack them; save after each; return which ones failed."""
+    failed: list[str] = []
+    for number in range(repeats):
+        for name, (system, policy) in runs.items():
+            row = rows.setdefault(name, {"times_ms": []})
+            if row.get("fits") is False or len(row["times_ms"]) > number or name in failed:
+                continue
+            row.pop("error", None)
+            row |= turn(bench(), system, policy, name in ON_HOST, length)
+            if "error" in row:
+                failed.append(name)
+            elif row["fits"]:
+                row["times_ms"].append(row.pop("took_ms"))
+            save()
+            print(f"  {name:<40} {outcome(row)}", flush=True)
+    return failed
 
 
-# Puts itself in force for batches of one row of so many tokens; returns what it chose, and how to take it back.
-Policy = Callable[[Bench, int], tuple[str | None, Callable[[], None]]]
+def turn(bench: Bench, system: str, policy: Policy, on_host: bool, length: int) -> Row:
+    """Time a step of a system under a policy, which may not fit or fail, and return what is known then."""
+    restore: Callable[[], None] | None = None
+    facts: Row = {}
+    try:
+        gc.collect()
+        bench.wear(system)
+        input_ids = bench.tokens(length)
+        calls = min(8, max(1, 16_384 // length))
+        facts["resident_bytes"] = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
+        facts["chosen"], restore = policy(bench, length)
+        if on_host and torch.cuda.is_available():
+            pin_host_memory(bench, length, calls)
+        take_memory()
+        bench.warm_up(system, input_ids)
+        before = taken_bytes()
+        facts["took_ms"] = milliseconds(partial(bench.step, system, input_ids), calls)
+        facts |= {"peak_bytes": peak_bytes(), "grown_bytes": taken_bytes() - before, "fits": True}
+        facts["gradient_difference"] = bench.gradient_difference(system, length)
+    except torch.OutOfMemoryError:
+        facts["fits"] = False
+    except RuntimeError as error:  # of pinning, of a library at full memory, of a kernel: the other rows go on
+        facts["error"] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    finally:
+        if restore is not None:
+            restore()
+        bench.optimizers[system].zero_grad()
+    return facts
 
 
-def keep_all_layers(keep: Keep, measured: bool = False) -> Policy:
-    """Make a policy that keeps the same in every layer."""
-
-    def apply(bench: Bench, length: int) -> tuple[None, Callable[[], None]]:
-        layers = find_layers(bench.model)
-        products = [Products()] * len(layers)
-        if measured:
-            products = [cost.products for cost in measure_layers(bench.model, 1, min(length, 256))]
-        return None, set_runners(layers, [partial(run_layer, keep, product) for product in products])
-
-    return apply
-
-
-def upstream(**settings: Any) -> Policy:
-    """Make a policy of transformers' own checkpointing."""
-
-    def apply(bench: Bench, length: int) -> tuple[None, Callable[[], None]]:
-        layers = find_layers(bench.model)
-        restore = set_runners(layers, [run_layer] * len(layers))  # remembers what was set
-        enable = getattr(bench.model, "activation_checkpointing_enable", bench.model.gradient_checkpointing_enable)
-        enable(**settings)
-        bench.model.disable_input_require_grads()  # as in all other policies, no graph below the lowest scale
-        return None, restore
-
-    return apply
-
-
-def automatic(bench: Bench, length: int) -> tuple[str, Callable[[], None]]:
-    """Apply the package's policy `auto`."""
-    applied = apply_memory_policy(bench.model, "auto", tokens=length)
-    return applied.summary, applied.restore
-
-
-RECOMPUTE = "recompute all"
-POLICIES: dict[str, Policy] = {
-    RECOMPUTE: keep_all_layers(Keep(inputs=True)),
-    "transformers, every 2nd layer": upstream(every_n_layers=2),
-    "transformers, offload": upstream(offload=True),
-    "low": keep_all_layers(LADDER["recompute all, inputs in host memory"]),
-    "keep attention, inputs in host memory": keep_all_layers(LADDER["keep attention, inputs in host memory"], True),
-    "keep inputs and attention": keep_all_layers(LADDER["keep inputs and attention"], True),
-    "keep matrix products": keep_all_layers(LADDER["keep inputs, attention and matrix products"], True),
-    "fast": keep_all_layers(LADDER["keep all"]),
-    "auto": automatic,
-}
-
-
-def pin_host_memory(bench: Bench, length: int) -> None:
+def pin_host_memory(bench: Bench, length: int, calls: int) -> None:
     """Have torch pin host memory for the inputs of all layers, which takes seconds and is done once in a training."""
     config = bench.model.config
     shape = (1, length, config.hidden_size)
-    held = [torch.empty(shape, dtype=torch.bfloat16, pin_memory=True) for _ in range(config.num_hidden_layers)]
+    # Python may begin the next step while the GPU still reads what the last one left on the host.
+    number = config.num_hidden_layers * min(2, calls)
+    held = [torch.empty(shape, dtype=torch.bfloat16, pin_memory=True) for _ in range(number)]
     del held  # torch keeps it for the next who asks
 
 
-def no_policy() -> None:
-    """Take nothing back."""
-
-
-def rounds(bench: Bench, runs: dict[str, tuple[str, Policy]], length: int, repeats: int) -> dict[str, Any]:
-    """Time systems under policies in turn; each turn is warmed up by a step of its own, and may not fit."""
-    input_ids = bench.tokens(length)
-    warm_up = input_ids if length <= WARM_UP else bench.tokens(2048)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    rows: dict[str, Any] = {name: {} for name in runs}
-    gradients: dict[str, Tensor] = {}
-    for _ in range(repeats):
-        for name, (system, policy) in runs.items():
-            if rows[name].get("fits") is False:
-                continue
-            bench.wear(system)
-            free_all()
-            resident = torch.cuda.memory_allocated() if torch.cuda.is_available() else None
-            chosen, restore = None, no_policy
-            try:
-                chosen, restore = policy(bench, length)
-                step = partial(bench.step, system, input_ids)
-                bench.step(system, warm_up)
-                reset_peak()
-                times[name].append(milliseconds(step, min(8, max(1, 16_384 // length))))
-                rows[name] = peak() | {"resident_bytes": resident, "chosen": chosen, "fits": True}
-                gradients[name] = torch.cat([p.grad.flatten().float() for p in bench.trained()])
-            except torch.OutOfMemoryError:
-                rows[name] = {"resident_bytes": resident, "chosen": chosen, "fits": False}
-            restore()
-            bench.optimizers[system].zero_grad()
-            print(
-                f"  {name:<40} {f'{times[name][-1]:10.1f} ms' if rows[name]['fits'] else 'does not fit'}", flush=True
-            )
-    fitting = {name: values for name, values in times.items() if rows[name]["fits"]}
-    if not fitting:
-        return rows
-    first = next(iter(fitting))
-    return {
-        name: rows[name]
-        | (summary(fitting, first)[name] if name in fitting else {})
-        | ({"gradient_difference": difference(gradients[name], gradients[first])} if name in fitting else {})
-        for name in runs
-    }
-
-
-def difference(gradient: Tensor, reference: Tensor) -> float | None:
-    """Return the relative difference of two gradients of the same adapter; the floor and other adapters have none."""
-    if gradient.shape != reference.shape or not reference.any():
-        return None
-    return ((gradient - reference).norm() / reference.norm()).item()
-
-
-def free_all() -> None:
-    """Give cached memory back, so that no policy meets the fragments of another."""
-    gc.collect()
+def take_memory() -> None:
+    """Let torch's allocator take the free memory of the GPU in one piece now, so that it need not within a step."""
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-def reset_peak() -> None:
-    """Start to measure memory anew."""
-    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if free > LEFT_FREE:
+            torch.empty(free - LEFT_FREE, dtype=torch.uint8, device="cuda")
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak() -> dict[str, int | None]:
-    """Return the most bytes that tensors took, and that the allocator held."""
+def taken_bytes() -> int:
+    """Return all bytes that the allocator has taken from the GPU so far."""
+    return torch.cuda.memory_stats()["reserved_bytes.all.allocated"] if torch.cuda.is_available() else 0
+
+
+def peak_bytes() -> int | None:
+    """Return the most bytes that tensors took since the allocator took its memory."""
+    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def choose(arguments: argparse.Namespace, part: str) -> dict[str, tuple[str, Policy]]:
+    """Return the runs of a part that were asked for."""
+    if part == "systems":
+        return {name: (name, RECOMPUTE) for name in [FLOOR, *(arguments.systems or METHODS)]}
+    names = arguments.policies or list(POLICIES)
     if not torch.cuda.is_available():
-        return {"peak_bytes": None, "reserved_bytes": None}
-    return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+        names = [name for name in names if name != "transformers, offload"]  # it asks for pinned memory anyway
+    return {name: ("seal-c", POLICIES[name]) for name in names}
 
 
-def measure(arguments: argparse.Namespace) -> Iterator[tuple[int, str, dict[str, Any]]]:
-    """Run part after part and yield length, part and results."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    bench = Bench(arguments.size, device)
-    suffix = "" if arguments.attention == "default" else f", {arguments.attention} attention"
-    for length in arguments.tokens:
-        if "rates" in arguments.parts:
-            yield length, "rates", measure_rates(bench.model.config, length, LABELS, device, arguments.repeats)
-        for part, runs in choose(arguments):
-            if part == "policies" and length > WARM_UP and device == "cuda":
-                pin_host_memory(bench, length)  # a short warm-up would not
-            with sdpa_kernel(BACKENDS[arguments.attention]) if suffix else nullcontext():
-                yield length, part + suffix, rounds(bench, runs, length, arguments.repeats)
+def summarize(parts: dict[str, Any]) -> None:
+    """Add to all rows of a length the median and the overhead, round by round, to the floor of the same attention."""
+    for part, measured in parts.items():
+        _, _, attention = part.partition(", ")
+        floor = parts.get(f"systems, {attention}", {"rows": {}})["rows"].get(FLOOR, {"times_ms": []})["times_ms"]
+        for row in measured["rows"].values() if attention else ():
+            if times := row["times_ms"]:
+                over = [100 * (time / base - 1) for time, base in zip(times, floor, strict=False)]
+                row |= {"ms": median(times), "min_ms": min(times), "max_ms": max(times)}
+                row["overhead_percent"] = median(over) if over else None
 
 
-def choose(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, tuple[str, Policy]]]]:
-    """Yield the runs of each part that was asked for."""
-    if "systems" in arguments.parts:
-        names = [name for name in (FLOOR, *METHODS) if name == FLOOR or name in (arguments.systems or METHODS)]
-        yield "systems", {name: (name, POLICIES[RECOMPUTE]) for name in names}
-    if "policies" in arguments.parts:
-        names = arguments.policies or list(POLICIES)
-        if not torch.cuda.is_available():
-            names = [name for name in names if name != "transformers, offload"]  # it asks for pinned memory anyway
-        yield "policies", {name: ("seal-c", POLICIES[name]) for name in names}
+def outcome(row: Row) -> str:
+    """Say in a few words how the last turn of a row ended."""
+    if "error" in row:
+        return row["error"]
+    return f"{row['times_ms'][-1]:10.1f} ms" if row["fits"] else "does not fit"
 
 
 def show(length: int, part: str, rows: dict[str, Any], rates: dict[str, Any] | None) -> None:
@@ -294,23 +170,24 @@ def show(length: int, part: str, rows: dict[str, Any], rates: dict[str, Any] | N
         print(f"  default attention {rows['default attention']}; floor {rows['floor_ms'] / 1e3:.3f} s")
         return
     for name, row in rows.items():
-        if not row["fits"]:
-            print(f"  {name:<40} does not fit")
+        if not row["times_ms"]:
+            print(f"  {name:<40} {outcome(row)}")
             continue
         memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:7.1f} GB"
         floor = "" if rates is None else f"{row['ms'] / rates['floor_ms']:6.2f} x FLOP floor"
-        first = f"{row['overhead_percent']:+6.1f} %"
+        over = "" if row["overhead_percent"] is None else f"{row['overhead_percent']:+6.1f} %"
         print(
-            f"  {name:<40} {row['ms'] / 1e3:8.3f} s {1e3 * length / row['ms']:8.0f} tokens/s {first} {memory} {floor}"
+            f"  {name:<40} {row['ms'] / 1e3:8.3f} s {1e3 * length / row['ms']:8.0f} tokens/s {over} {memory} {floor}"
+            f"  {row['chosen'] or ''}"
         )
 
 
 def main() -> None:
-    """Measure, print tables, write the file after every part."""
+    """Measure what is left, print tables, write the file after every turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="8b", choices=list(SIZES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16_384, 31_744])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="in the order in which they are run")
     parser.add_argument("--systems", nargs="+", choices=list(METHODS), help="methods beside the floor; default: all")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), help="default: all")
     parser.add_argument("--attention", default="default", choices=["default", *BACKENDS])
@@ -319,15 +196,39 @@ def main() -> None:
     arguments = parser.parse_args()
     record: dict[str, Any] = {"size": arguments.size, "labels": LABELS, "runs": [], "results": {}}
     if Path(arguments.output).is_file():
-        record = json.loads(Path(arguments.output).read_text(encoding="utf-8"))
+        record = read_json(arguments.output)
         if (record["size"], record["labels"]) != (arguments.size, LABELS):
             raise SystemExit(f"{arguments.output} holds another model; give another --output.")
     record["runs"].append({"arguments": vars(arguments), **provenance(), "seeds": SEEDS})
-    for length, part, rows in measure(arguments):
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = SIZES[arguments.size]
+    bench = functools.cache(partial(Bench, arguments.size, device))  # built once something is left to do with it
+    failed: list[str] = []
+    for length in arguments.tokens:
         parts = record["results"].setdefault(str(length), {})
-        parts[part] = {"run": len(record["runs"]) - 1, "rows": rows}
-        show(length, part, rows, parts["rates"]["rows"] if "rates" in parts else None)
-        write_json(arguments.output, record)
+
+        def save(parts: dict[str, Any] = parts) -> None:
+            summarize(parts)
+            write_json(arguments.output, record)
+
+        # The kernel is part of the name, so that forcing the one that is the default anyway measures nothing again.
+        forced = arguments.attention != "default"
+        attention = arguments.attention if forced else default_attention(config, length, device)
+        for part in arguments.parts:
+            if part == "rates":
+                name = part
+                if part not in parts:
+                    parts[part] = {"rows": measure_rates(config, length, LABELS, device, arguments.repeats)}
+                    save()
+            else:
+                name = f"{part}, {attention} attention"
+                rows = parts.setdefault(name, {"rows": {}})["rows"]
+                with sdpa_kernel(BACKENDS[attention]) if forced else nullcontext():
+                    failed += rounds(bench, choose(arguments, part), rows, length, arguments.repeats, save)
+            show(length, name, parts[name]["rows"], parts["rates"]["rows"] if "rates" in parts else None)
+    if failed:
+        sys.exit(f"Rows ended with an error: {', '.join(failed)}. The same command tries them again.")
 
 
 if __name__ == "__main__":

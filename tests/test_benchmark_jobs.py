@@ -1,5 +1,6 @@
 """The benchmarks of sites and of steps run at a tiny size, share their jobs, stop in time, and fill their tables."""
 
+import copy
 import json
 import os
 import runpy
@@ -131,23 +132,111 @@ def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: py
     assert json.loads(base.read_text()) == {"512": [1.0]}
 
 
-def test_the_benchmark_of_steps_adds_to_its_file_and_fills_its_table(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Run benchmarks/step.py at a tiny size and return what it wrote."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    sizes = ["--size", "tiny", "--repeats", "1", "--output", str(tmp_path / "step.json")]
-    for words in (
-        ["--parts", "rates", "systems", "--systems", "seal-c"],
-        ["--parts", "policies", "--policies", "fast"],
-    ):
-        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / "step.py"), "--tokens", "32", *words, *sizes])
+    import rates
+
+    monkeypatch.setattr(rates, "SECONDS", 0.001)
+
+    def run(*words: str) -> dict:
+        output = tmp_path / "step.json"
+        monkeypatch.setattr(
+            sys, "argv", ["step.py", "--size", "tiny", "--tokens", "32", "--output", str(output), *words]
+        )
         runpy.run_path(str(SCRIPTS / "step.py"), run_name="__main__")
-    result = json.loads((tmp_path / "step.json").read_text())
-    assert list(result["results"]["32"]) == ["rates", "systems", "policies"]
-    assert [run["arguments"]["parts"] for run in result["runs"]] == [["rates", "systems"], ["policies"]]
-    for part in ("systems", "policies"):
+        return json.loads(output.read_text())
+
+    return run
+
+
+def test_the_benchmark_of_steps_adds_rows_to_its_file_and_fills_its_table(step) -> None:
+    step("--repeats", "1", "--parts", "rates", "systems", "--systems", "seal-c")
+    step("--repeats", "1", "--parts", "policies", "--policies", "low")
+    result = step("--repeats", "1", "--parts", "policies", "--policies", "auto")
+    rates, systems, policies = result["results"]["32"]
+    assert (rates, systems.split(", ")[0], policies.split(", ")[0]) == ("rates", "systems", "policies")
+    rows = result["results"]["32"][policies]["rows"]
+    assert list(rows) == ["low", "auto"]
+    floor = result["results"]["32"][systems]["rows"]["frozen floor"]
+    assert rows["auto"]["overhead_percent"] == pytest.approx(100 * (rows["auto"]["ms"] / floor["ms"] - 1))
+    for part in (systems, policies):
         for row in result["results"]["32"][part]["rows"].values():
             row["peak_bytes"] = 2e9  # of a GPU
+    rows["low"] |= {"times_ms": [], "error": "RuntimeError: no memory to pin"}
+    rows["fast"] = {"times_ms": [], "fits": False, "chosen": None}
     (table,) = filled("results/step-8b.json", result)
-    assert "| systems, 32 tokens |" in table
-    assert "| fast |" in table
+    assert f"| {systems}, 32 tokens |" in table
+    assert "| low | RuntimeError: no memory to pin |" in table
+    assert "| fast | does not fit |" in table
+    assert rows["auto"]["chosen"] in table
+    del result["results"]["32"]["rates"], result["results"]["32"][systems]
+    for row in rows.values():
+        row["overhead_percent"] = None
+    (table,) = filled("results/step-8b.json", result)
+    assert "FLOP floor: " not in table
+
+
+def test_a_killed_benchmark_of_steps_goes_on_with_the_turns_that_are_left(step, tmp_path: Path) -> None:
+    words = ("--parts", "systems", "--systems", "seal-c")
+    once = step("--repeats", "1", *words)
+    (part,) = once["results"]["32"]
+    del once["results"]["32"][part]["rows"]["seal-c"]  # killed before its turn
+    (tmp_path / "step.json").write_text(json.dumps(once))
+    twice = step("--repeats", "2", *words)
+    before, after = (each["results"]["32"][part]["rows"] for each in (once, twice))
+    assert after["frozen floor"]["times_ms"][:1] == before["frozen floor"]["times_ms"]
+    assert [len(row["times_ms"]) for row in after.values()] == [2, 2]
+    assert step("--repeats", "2", *words) == twice
+
+
+def test_an_error_of_one_row_is_kept_in_it_and_the_other_rows_go_on(step, tmp_path: Path, monkeypatch) -> None:
+    import step_systems
+
+    def fail(bench, length):
+        raise RuntimeError("nothing to pin\nat this place")
+
+    real = step_systems.POLICIES["low"]
+    monkeypatch.setitem(step_systems.POLICIES, "low", fail)
+    words = ("--repeats", "2", "--parts", "policies", "--policies", "low", "fast")
+    with pytest.raises(SystemExit, match="error: low.* tries them again"):
+        step(*words)
+    (part,) = json.loads((tmp_path / "step.json").read_text())["results"]["32"].values()
+    assert part["rows"]["low"]["error"] == "RuntimeError: nothing to pin"
+    assert len(part["rows"]["fast"]["times_ms"]) == 2
+    monkeypatch.setitem(step_systems.POLICIES, "low", real)
+    (part,) = step(*words)["results"]["32"].values()
+    assert "error" not in part["rows"]["low"]
+    assert len(part["rows"]["low"]["times_ms"]) == 2
+
+
+def test_a_step_is_warmed_up_by_two_layers_at_its_full_length(step, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shapes import SIZES
+    from step_systems import Bench
+
+    monkeypatch.setitem(SIZES, "tiny", copy.deepcopy(SIZES["tiny"]))
+    SIZES["tiny"].num_hidden_layers = 3
+    bench = Bench("tiny", "cpu")
+    seen: list[tuple[int, ...]] = []
+    for layer in bench.model.model.layers:
+        layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape))
+    bench.wear("seal-c")
+    bench.warm_up("seal-c", bench.tokens(40))
+    assert seen == [(1, 40, 64)] * 2
+    bench.step("seal-c", bench.tokens(40))
+    assert len(seen) == 2 + 3
+
+
+def test_a_rate_is_that_of_calls_over_a_while_not_of_a_burst(step, monkeypatch: pytest.MonkeyPatch) -> None:
+    import rates
+
+    monkeypatch.setattr(rates, "SECONDS", 0.1)
+    calls: list[float] = []
+
+    def call() -> None:
+        time.sleep(0.005)
+        calls.append(time.perf_counter())
+
+    assert rates.seconds_a_call(call, repeats=1) == pytest.approx(0.005, rel=0.5)
+    assert calls[-1] - calls[1] > 0.05

@@ -13,7 +13,7 @@ from seal_peft.reproduce.parts import PARTS
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
 BLOCKS = re.findall(r"^```bash\n(.+?)^```$", (SCRIPTS / "README.md").read_text(encoding="utf-8"), re.M | re.S)
-LINES = [line for block in BLOCKS for line in block.splitlines()]
+LINES = [line.removeprefix("timeout 540 ") for block in BLOCKS for line in block.splitlines()]
 
 
 class ParsedError(Exception):

@@ -57,10 +57,13 @@ def measure_layers(model: nn.Module, rows: int, tokens: int) -> list[LayerCost]:
     def run(index: int, forward: partial[Any], *args: Any) -> Any:
         shared = [x for x in tree_leaves((args[1:], forward.keywords)) if isinstance(x, Tensor)]
         counter = _Counter(weights | {x.untyped_storage().data_ptr() for x in shared})
-        with torch.enable_grad(), saved_tensors_hooks(counter.save, lambda x: x), counter:
-            out = forward(*args)
-        if counter.saved:
-            costs[index] = counter.cost(inputs=args[0].nbytes)
+        try:
+            with torch.enable_grad(), saved_tensors_hooks(counter.save, lambda x: x), counter:
+                out = forward(*args)
+            if counter.saved:
+                costs[index] = counter.cost(inputs=args[0].nbytes)
+        finally:  # the graph holds the counter; what the counter holds of the graph would never be freed
+            counter.outputs.clear()
         # The graph of this layer ends here, and its memory is free for the next one.
         return tree_map(lambda x: x.detach().requires_grad_(x.requires_grad) if isinstance(x, Tensor) else x, out)
 
@@ -115,7 +118,7 @@ class _Counter(TorchDispatchMode):
             self.saved[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         # Recomputing ends with the last saved tensor: what comes later, such as a last projection, never runs again.
         self.needed = {kind: len(outputs) for kind, outputs in self.outputs.items()}
-        return x
+        return x.detach()  # a node that held its own output would hold itself
 
     def cost(self, inputs: int) -> LayerCost:
         places: dict[str, frozenset[int]] = {}
