@@ -213,6 +213,16 @@ def test_a_base_that_was_extended_is_on_record(tmp_path):
         assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
 
 
+def test_a_base_under_it_takes_no_rope_that_depends_on_the_length():
+    model = base()
+    before = logits(model)
+    with pytest.raises(ValueError, match="type 'dynamic', whose frequencies depend on the length"):
+        get_peft_model(model, SealConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}))
+    assert (read_rope(model), read_self_extend(model)) == (read_rope(llama()), SETTINGS)
+    assert torch.equal(logits(model), before)
+    assert read_rope(get_peft_model(model, SealConfig(rope_parameters=YARN)))["rope_type"] == "yarn"
+
+
 def test_hotswap_and_ia3_refuse_what_they_would_lose(tmp_path):
     adapted(self_extend=SETTINGS).save_pretrained(tmp_path / "long")
     with pytest.raises(ValueError, match="asks for RoPE and Self-Extend"):

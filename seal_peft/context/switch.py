@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .probe import RotaryLayer, rotary_layers
+from .probe import RotaryLayer, check_frequencies, rotary_layers
 from .rope import AppliedRope, apply_rope, read_rope, resolve_rope
 from .self_extend import AppliedSelfExtend, check_settings, read_self_extend
 
@@ -156,18 +156,20 @@ class PositionSwitch:
 
     def _apply(self, wanted: Request) -> list[AppliedRope | AppliedSelfExtend]:
         applied: list[AppliedRope | AppliedSelfExtend] = []
-        if wanted.rope is not None:
-            applied.append(apply_rope(self._model, wanted.rope))
-        if wanted.self_extend is not None:
-            unchecked, self._unchecked = self._unchecked, True
-            try:
+        unchecked, self._unchecked = self._unchecked, True
+        try:
+            if wanted.rope is not None:
+                applied.append(apply_rope(self._model, wanted.rope))
+            if wanted.self_extend is not None:
                 self._layers = self._layers or rotary_layers(self._model)
                 applied.append(AppliedSelfExtend(self._model, self._layers, wanted.self_extend))
-            except BaseException:
-                self._restore(applied)
-                raise
-            finally:
-                self._unchecked = unchecked
+            elif read_self_extend(self._model) is not None:  # the base's own, which has to bear the new RoPE
+                check_frequencies(self._model, [m for m in self._model.modules() if hasattr(m, "rope_type")])
+        except BaseException:
+            self._restore(applied)
+            raise
+        finally:
+            self._unchecked = unchecked
         return applied
 
     def _restore(self, applied: list[AppliedRope | AppliedSelfExtend]) -> None:
