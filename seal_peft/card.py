@@ -177,6 +177,8 @@ def _words(folder: Path, config: dict[str, Any], run: dict[str, Any], facts: Car
         "on_norms": any("norm" in name.rpartition(".")[2] for name in learned),
         "trained": markdown_table(_trained_rows(config, run, numbers)),
         "has_run": bool(run),
+        "has_scales": bool(sites),
+        "self_extend": config.get("self_extend"),
         "extended": config.get("rope_parameters") or config.get("self_extend"),
         "picture": facts.picture,
         "versions": _versions(run, config),

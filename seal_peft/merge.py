@@ -24,6 +24,7 @@ from .files import read_json, write_json
 from .folders import REST, check_place
 from .loading import base_of_adapter, check_adapter, load_adapter, load_config, load_model, load_tokenizer
 from .resume import FINISHED
+from .rope_file import add_older_form
 from .together import check_together, split_together
 from .tuner import SealLayer
 from .tuner.config import Site, check_sites
@@ -103,6 +104,11 @@ def merge(arguments: MergeArguments) -> Path:
     merged = model.merge_and_unload(progressbar=True, safe_merge=True)
     with _appearing(target) as folder:
         merged.save_pretrained(folder)
+        if not add_older_form(folder, merged.config):
+            logger.warning(
+                "The merged config.json holds its RoPE as transformers 5 reads it. transformers 4, and engines that "
+                "build on it, would refuse the model or run it with another RoPE."
+            )
         share_as(folder / "config.json", folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)
         if rest and apart:

@@ -7,12 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from transformers import Qwen3NextConfig
+from transformers import Cohere2Config, Exaone4Config, JetMoeConfig, NanoChatConfig, Qwen3NextConfig
 
 import models
 from seal_peft import SealConfig
 from seal_peft.context.advice import advise
 from seal_peft.context.rope import apply_rope, reach_of, read_rope
+from seal_peft.context.self_extend import apply_self_extend, extended_window
+from seal_peft.data import window_of
 from stages import error_of, save_model, seal
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
@@ -35,9 +37,22 @@ def test_whatever_is_advised_reaches_and_can_be_trained_under(length):
             assert int(factor * now["max_position_embeddings"]) == advice.reach
         if method == "self_extend":
             group_size, window = advice.settings["self_extend"].values()
-            assert advice.reach == (128 - window) * group_size + window
+            assert advice.reach == (128 - window) * group_size + window - window % group_size
             assert window + (length - window) / group_size < 2 / 3 * 128
             assert window + (length - window) / (group_size - 1) >= 2 / 3 * 128 if group_size > 1 else True
+
+
+@given(native=st.integers(2, 60), group_size=st.integers(2, 9), data=st.data())
+def test_self_extend_reaches_exactly_as_far_as_its_positions_are_known(native, group_size, data):
+    window = data.draw(st.integers(1, native - 1))
+    longest = extended_window(native, {"group_size": group_size, "window": window})
+
+    def furthest(tokens):
+        """The furthest position of a query, of those that read a key beyond the window."""
+        return max(p // group_size + window - window // group_size for p in range(window, tokens))
+
+    assert furthest(longest) == native - 1
+    assert furthest(longest + 1) == native
 
 
 @settings(max_examples=8, deadline=None)
@@ -67,6 +82,7 @@ OWN = {
     "yarn": {"max_position_embeddings": 512, "rope_parameters": YARN},
     "llama3": {"max_position_embeddings": 512, "rope_parameters": LLAMA3},
     "longrope": {"max_position_embeddings": 512, "rope_parameters": LONGROPE},
+    "yarn by hand": {"rope_parameters": YARN},  # as Qwen's cards say: the maximum stays the native length
 }
 
 
@@ -94,20 +110,71 @@ def test_no_text_up_to_the_advised_length_turns_a_channel_to_an_angle_that_the_m
         assert furthest >= 1000
         assert ((turned(model, furthest) <= seen * 1.001) | (seen >= 2 * math.pi)).all()
         # It is what the setting reaches: more is beyond its window, or turns a channel further.
-        assert furthest == reach_of(read_rope(model)) or (
-            ((turned(model, furthest + 3) > seen) & (seen < 2 * math.pi)).any()
-        )
+        window = reach_of(read_rope(model))
+        assert ("reaches less than its window" in found[method].note) == (furthest < window)
+        assert furthest == window or (((turned(model, furthest + 3) > seen) & (seen < 2 * math.pi)).any())
     # Up to `max_position_embeddings` a dynamic type rotates by the unscaled frequencies.
     assert (found["dynamic"].settings is None) == (own in ("yarn", "llama3", "longrope"))
 
 
-def test_a_model_without_weights_that_cannot_be_asked_says_so():
+@pytest.mark.parametrize("own", OWN)
+def test_it_begins_at_the_window_that_samples_are_made_for(own):
+    model = models.llama(**OWN[own])
+    window = window_of(model.config)
+    assert reach_of(read_rope(model)) == window
+    assert by_method(model.config, window).keys() == {"none"}
+    assert "none" not in by_method(model.config, window + 1)
+
+
+def test_a_model_without_full_attention_is_told_so():
     config = models.gemma3(layer_types=["sliding_attention"] * 2).config
     assert all(advice.settings is None for advice in advise(config, 1000))
     assert "has no layer of type 'full_attention'" in by_method(config, 1000)["yarn"].note
-    kinds = ["linear_attention", "full_attention"]
-    config = models.causal(Qwen3NextConfig, layer_types=kinds, num_experts=4, num_experts_per_tok=2).config
-    assert "only the loaded model tells" in by_method(config, 5000)["self_extend"].note
+
+
+SLIDING = {"num_hidden_layers": 4, "sliding_window": 16, "head_dim": models.HEAD_DIM}
+HYBRID = {"layer_types": ["linear_attention", "full_attention"], "num_experts": 4, "num_experts_per_tok": 2}
+ASKED = {name: lambda name=name: models.base_model(name) for name in ("mixtral", "qwen3_moe", "gpt_oss", "llava-clip")}
+ASKED |= {
+    "exaone4": lambda: models.causal(
+        Exaone4Config, **SLIDING, sliding_window_pattern=4
+    ),  # no positions in full layers
+    "cohere2": lambda: models.causal(Cohere2Config, **SLIDING),
+    "qwen3_next": lambda: models.causal(Qwen3NextConfig, **HYBRID),
+    "jetmoe": lambda: models.causal(JetMoeConfig),  # does not run without weights
+}
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_self_extend_is_advised_where_the_loaded_model_takes_it(name):
+    model = ASKED[name]()
+    advice = by_method(model.config, 5000)["self_extend"]
+    if name in ("exaone4", "cohere2", "gpt_oss"):
+        with pytest.raises(ValueError, match="Self-Extend"):
+            apply_self_extend(model, group_size=4, window=16)
+        assert advice.settings is None
+        assert advice.note.startswith(
+            "No layer of" if name != "gpt_oss" else "GptOssForCausalLM has attention with s_aux"
+        )
+    else:
+        apply_self_extend(model, **advice.settings["self_extend"])
+        assert advice.reach >= 5000
+
+
+def test_what_only_weights_show_may_be_refused_and_is_said_so():
+    model = models.causal(NanoChatConfig)  # normalises its queries and keys after their rotation
+    assert "may be refused by the loaded model" in by_method(model.config, 5000)["self_extend"].note
+    with pytest.raises(ValueError, match="does not rotate"):
+        apply_self_extend(model, group_size=4, window=16)
+
+
+@pytest.mark.parametrize("name", ["llava-clip", "qwen2_5_vl"])
+def test_models_that_read_images_are_advised_what_they_take(name):
+    found = by_method(models.base_model(name).config, 1000)
+    for method in ("linear", "dynamic", "ntk", "yarn"):
+        model = models.base_model(name)
+        apply_rope(model, found[method].settings["rope_parameters"])
+        assert reach_of(read_rope(model)) >= 1000
 
 
 def test_a_length_that_the_model_reaches_needs_nothing():
@@ -129,6 +196,14 @@ def test_a_model_that_is_extended_already_is_extended_from_where_it_is():
     config = models.llama(max_position_embeddings=256, rope_parameters=LINEAR).config
     assert by_method(config, 512).keys() == {"none"}
     assert by_method(config, 1024)["linear"].settings["rope_parameters"]["factor"] == 4.0
+
+
+def test_the_base_reaches_its_window_where_every_channel_has_seen_a_full_turn():
+    config = models.llama(rope_parameters={"rope_type": "default", "rope_theta": 10.0}).config
+    ntk = by_method(config, 256)["ntk"]
+    assert (ntk.settings["rope_parameters"]["factor"], ntk.reach) == (2.0, 256)
+    assert "less than its window" not in ntk.note
+    assert "less than its window" in by_method(models.llama().config, 256)["ntk"].note
 
 
 def test_what_a_model_does_not_take_says_why():

@@ -169,6 +169,21 @@ def test_an_adapter_of_a_context_extension_alone_has_a_card(tmp_path: Path) -> N
     text = render_card(tmp_path, {}, CardFacts())
     assert "| scales | none |" in text
     assert "| sites | none: it brings a context extension alone |" in text
+    assert "# SEAL adapter\n\nA context extension for" in text
+    assert "merge_and_unload" in text
+    for words in ("earned scales", "The scales", "They belong", "was trained", "its training", "\n\n\n"):
+        assert words not in text
+
+
+@pytest.mark.parametrize("sites", [(), ("output",)])
+def test_a_card_promises_no_plain_model_under_self_extend(tmp_path: Path, sites: Any) -> None:
+    settings = {"group_size": 3, "window": 7}
+    config = SealConfig(task_type="CAUSAL_LM", sites=sites, self_extend=settings)
+    get_peft_model(models.llama(), config).save_pretrained(tmp_path)
+    text = render_card(tmp_path, {}, CardFacts())
+    assert "merge_and_unload" not in text
+    assert "needs `seal_peft` where the model runs" in text
+    assert "\n\n\n" not in text
 
 
 def test_training_leaves_our_card_and_training_again_rewrites_it(house: Path, tmp_path: Path) -> None:

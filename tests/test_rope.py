@@ -2,8 +2,10 @@
 
 import json
 
+import numpy as np
 import pytest
 import torch
+import transformers as tf
 from peft import get_peft_model
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
@@ -51,6 +53,19 @@ def test_ntk_raises_the_base():
     now = apply_and_compare(llama, NTK)
     theta = 10000.0 * 4 ** (12 / 10)
     assert now == {"rope_type": "default", "rope_theta": theta, "max_position_embeddings": 128}
+
+
+@pytest.mark.skipif(not hasattr(tf, "Gemma4TextConfig"), reason="younger than the oldest transformers")
+def test_ntk_slows_the_slowest_pair_by_its_factor_where_few_channels_rotate():
+    now = apply_and_compare(models.gemma4_text, NTK)
+    frequencies = []
+    for model in (models.gemma4_text(), built(models.gemma4_text, now)):
+        kept = model.model.rotary_emb.full_attention_inv_freq
+        frequencies.append(kept[kept > 0])
+    before, after = frequencies
+    assert len(before) == 2 and len(kept) == 10
+    torch.testing.assert_close(before[-1] / after[-1], torch.tensor(4.0))
+    assert before[0] == after[0]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +119,34 @@ def test_a_model_that_is_extended_already_can_be_extended_differently():
     assert apply_and_compare(yarn, {"factor": 8.0, "max_position_embeddings": 256})["rope_type"] == "yarn"
 
 
+def test_what_a_request_leaves_out_stays_if_the_type_is_that_of_the_model():
+    further = {"beta_fast": 16.0, "attention_factor": 1.0, "truncate": False}
+    own = {**YARN, **further, "original_max_position_embeddings": 32, "rope_theta": 500.0}
+
+    def yarn(**kwargs):
+        return llama(**{"max_position_embeddings": 128, "rope_parameters": dict(own), **kwargs})
+
+    now = apply_and_compare(yarn, {"rope_type": "yarn", "factor": 8.0})
+    assert now == {**own, "factor": 8.0, "max_position_embeddings": 256}
+    now = apply_and_compare(yarn, {"rope_type": "dynamic", "factor": 8.0})
+    assert now == {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 500.0, "max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HERE if kind not in ("default", "proportional")])
+def test_attention_that_scales_queries_by_the_native_length_keeps_it(kind):
+    own = {**YARN, "original_max_position_embeddings": 16, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}
+
+    def ministral(**kwargs):
+        return models.causal(
+            tf.Ministral3Config,
+            **{"head_dim": 12, "max_position_embeddings": 64, "rope_parameters": dict(own), **kwargs},
+        )
+
+    now = apply_and_compare(ministral, {**TYPES[kind], "factor": 8.0})
+    assert now["original_max_position_embeddings"] == 16
+    assert now["llama_4_scaling_beta"] == 0.1
+
+
 @pytest.mark.parametrize("name", models.ARCHITECTURES)
 def test_every_known_architecture_can_be_extended_and_restored(name):
     model, ids = models.base_model(name), models.INPUT_IDS
@@ -144,8 +187,19 @@ def test_only_the_language_part_of_a_multimodal_model_is_touched():
         ({**NTK, "beta_fast": 3}, "takes a factor"),
         (
             {"rope_type": "longrope", "factor": 2.0, "short_factor": [1.0], "long_factor": [1.0] * 5},
-            "must have 6 numbers",
+            "must have 6 positive numbers",
         ),
+        ({"rope_type": "longrope", "factor": 2.0, "short_factor": 1.0, "long_factor": 2.0}, "must have 6 positive"),
+        ({"rope_theta": 0}, "rope_theta=0 is not allowed.*positive finite"),
+        ({"rope_theta": -1.0}, "rope_theta=-1.0 is not allowed"),
+        ({**NTK, "rope_theta": "x"}, "rope_theta='x' is not allowed"),
+        ({**NTK, "factor": 1e300}, "factor=1e.300 is not allowed"),
+        ({**YARN, "factor": float("nan")}, "factor=nan is not allowed"),
+        ({**YARN, "max_position_embeddings": -1}, "max_position_embeddings=-1 is not allowed.*whole number"),
+        ({**YARN, "original_max_position_embeddings": 2.5}, "original_max_position_embeddings=2.5 is not allowed"),
+        ({**TYPES["linear"], "beta_fast": 3}, r"'linear' does nothing with \['beta_fast'\]"),
+        ({**TYPES["llama3"], "low_freq_factor": 8.0}, "low_freq_factor=8.0 and high_freq_factor=4.0 are not allowed"),
+        ({**YARN, "beta_fast": 0.5}, "beta_slow=1 and beta_fast=0.5 are not allowed"),
         ({"full_attention": YARN}, "one RoPE for all layers"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5, "factor": "x"}, "factor='x'"),
     ],
@@ -157,6 +211,14 @@ def test_what_cannot_be_applied_is_refused_and_changes_nothing(request_, words):
         apply_rope(model, request_)
     assert model.config.to_dict() == before
     assert torch.equal(logits(model), plain)
+
+
+@pytest.mark.parametrize("factor", [np.float32(4), torch.tensor(4.0), {4}])
+def test_numbers_that_are_not_pythons_are_refused(factor):
+    model = llama()
+    with pytest.raises(TypeError, match="cannot be saved as JSON.*Use numbers, lists and texts of Python's own"):
+        apply_rope(model, {**YARN, "factor": factor})
+    assert read_rope(model) == read_rope(llama())
 
 
 def test_a_type_that_rotates_another_number_of_channels_is_refused():
@@ -182,6 +244,16 @@ def test_models_without_rope_say_so(name):
         get_peft_model(models.base_model(name), SealConfig(rope_parameters=YARN))
 
 
+@pytest.mark.skipif(not hasattr(tf, "GraniteSWAConfig"), reason="younger than the oldest transformers")
+def test_a_model_whose_layers_read_copies_of_its_config_is_refused():
+    model = models.causal(tf.GraniteSWAConfig, max_position_embeddings=32)
+    plain, before = logits(model), read_rope(model)
+    with pytest.raises(ValueError, match="gives some of its layers a RoPE of their own"):
+        apply_rope(model, YARN)
+    assert read_rope(model) == before
+    assert torch.equal(logits(model), plain)
+
+
 def test_attention_that_depends_on_mscale_is_refused():
     model = models.ARCHITECTURES["deepseek_v3"].build()
     apply_rope(model, YARN).restore()
@@ -189,10 +261,27 @@ def test_attention_that_depends_on_mscale_is_refused():
         apply_rope(model, {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0})
 
 
-def test_restoring_puts_back_fp32_frequencies_whatever_happened_to_the_weights():
-    model = llama()
-    before = model.model.rotary_emb.inv_freq.clone()
-    applied = apply_rope(model, YARN)
-    model.to(torch.bfloat16)
-    applied.restore()
-    assert torch.equal(model.model.rotary_emb.inv_freq, before)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("kind", ["yarn", "dynamic", "longrope"])
+def test_a_model_that_is_cast_runs_on_frequencies_of_that_dtype(kind, dtype):
+    model, plain = llama(), llama().to(dtype)
+    applied = apply_rope(model, TYPES[kind])
+    expected = built(llama, read_rope(model)).to(dtype)
+    model.to(dtype)
+    for _ in range(2):
+        assert torch.equal(logits(model), logits(expected))
+        applied.restore()
+        assert torch.equal(logits(model), logits(plain))
+        applied = apply_rope(model, TYPES[kind])
+        expected = built(llama, read_rope(model)).to(dtype)
+
+
+def test_frequencies_that_grew_after_a_cast_come_back_as_they_were():
+    dynamic = {**TYPES["dynamic"], "rope_theta": 10000.0}
+    model = llama(rope_parameters=dict(dynamic)).to(torch.bfloat16)
+    expected = logits(model)
+    grown = model.model.rotary_emb.inv_freq
+    apply_rope(model, YARN).restore()
+    assert model.model.rotary_emb.inv_freq.dtype == grown.dtype
+    assert torch.equal(model.model.rotary_emb.inv_freq, grown)
+    assert torch.equal(logits(model), expected)

@@ -145,11 +145,18 @@ def test_one_config_for_two_bases_takes_from_each():
 def test_a_request_that_does_not_work_leaves_the_model_as_it_was():
     model = llama()
     modules = [type(module) for module in model.modules()]
-    with pytest.raises(ValueError, match="cannot be built"):
+    with pytest.raises(ValueError, match="beta_fast='x' is not allowed"):
         get_peft_model(model, SealConfig(rope_parameters={**YARN, "beta_fast": "x"}))
+    with pytest.raises(ValueError, match="cannot be built"):
+        get_peft_model(model, SealConfig(rope_parameters={**YARN, "mscale": "x", "mscale_all_dim": "x"}))
     assert [type(module) for module in model.modules()] == modules
     with pytest.raises(ValueError, match="rope_parameters='yarn' is not allowed"):
         SealConfig(rope_parameters="yarn")
+
+
+def test_an_adapter_that_brings_neither_scales_nor_rope_is_refused():
+    with pytest.raises(ValueError, match="this adapter would do nothing"):
+        SealConfig(sites=(), rope_parameters={})
 
 
 # -- merged -----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers as tf
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 import models
 import seal_peft
@@ -40,6 +41,16 @@ def test_disabling_gives_the_base_back_bit_for_bit():
     assert torch.equal(logits(model), expected)
     model.base_model.disable_adapter_layers()
     assert torch.equal(logits(model), plain)
+
+
+def test_a_dynamic_type_that_was_switched_off_begins_anew():
+    model, shorter = extended(TYPES["dynamic"]), LONG[:, :40]
+    fresh = logits(model, shorter)
+    logits(model)
+    assert not torch.equal(logits(model, shorter), fresh)  # the frequencies of the longest text stay
+    with model.disable_adapter():
+        pass
+    assert torch.equal(logits(model, shorter), fresh)
 
 
 def test_unloading_and_deleting_give_the_base_back_bit_for_bit():
@@ -140,6 +151,55 @@ def test_layers_that_disagree_do_not_run():
         logits(model)
     model.set_adapter("ntk")
     assert torch.equal(logits(model), alone(model, "ntk", NTK))
+
+
+def test_an_adapter_is_the_same_before_and_after_others_in_a_model_that_is_cast():
+    model = switching()
+    model.set_adapter("yarn")
+    expected = logits(model.to(torch.bfloat16))
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(llama().to(torch.bfloat16)))
+    assert torch.equal(logits(model), expected)
+    model.set_adapter("ntk")
+    model.set_adapter("yarn")
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_dynamic_model_that_read_a_long_text_and_then_a_short_one_switches():
+    def dynamic():
+        return llama(rope_parameters={**TYPES["dynamic"], "rope_theta": 10000.0})
+
+    model, base = extended(YARN, dynamic), dynamic()
+    expected = logits(model)
+    with model.disable_adapter():
+        for ids in (LONG, LONG[:, :8]):
+            assert torch.equal(logits(model, ids), logits(base, ids))
+    assert torch.equal(logits(model), expected)
+    other = extended(TYPES["dynamic"])
+    for ids in (LONG, LONG[:, :8]):
+        logits(other, ids)
+    other.add_adapter("ntk", SealConfig(rope_parameters=NTK))
+    other.set_adapter("ntk")
+    assert torch.equal(logits(other), alone(other, "ntk", NTK))
+
+
+def test_a_switch_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    model = switching()
+    model.add_adapter("linear", SealConfig(rope_parameters=TYPES["linear"]))
+    model.set_adapter("yarn")
+    expected, rope = logits(model), read_rope(model)
+    monkeypatch.delitem(ROPE_INIT_FUNCTIONS, "linear")
+    with pytest.raises(ValueError, match="'linear' is not known"):
+        model.base_model.set_adapter("linear")
+    assert read_rope(model) == rope
+    assert torch.equal(logits(model), expected)
+    monkeypatch.undo()
+    model.set_adapter("linear")
+    monkeypatch.delitem(ROPE_INIT_FUNCTIONS, "linear")
+    with pytest.raises(ValueError, match="'linear' is not known"):
+        with model.disable_adapter():
+            pass
+    assert torch.equal(logits(model), logits(llama()))
 
 
 def test_a_batch_has_one_rope():

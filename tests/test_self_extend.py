@@ -8,6 +8,7 @@ import transformers as tf
 
 import models
 from seal_peft.context import flash, grouped
+from seal_peft.context.probe import rotary_layers
 from seal_peft.context.rope import text_config
 from seal_peft.context.self_extend import apply_self_extend, read_self_extend
 from self_extend_oracle import oracle, turn
@@ -194,6 +195,52 @@ def test_reading_in_chunks_by_generate_is_the_same():
     assert torch.equal(model.generate(**settings), model.generate(**settings, prefill_chunk_size=11))
 
 
+def read(model, mask, positions, steps):
+    """Read in steps into one cache; `positions` says the `position_ids` of each, `None` to leave them to the model."""
+    start, out = 0, tf.DynamicCache()
+    for step, own in zip(steps, positions, strict=True):
+        now, start = slice(start, start + step), start + step
+        ids = IDS.repeat(1, 2)[:, now]
+        found = logits(model, ids, attention_mask=mask[:, : now.stop], position_ids=own, past_key_values=out)
+    return found
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_cached_keys_whose_positions_cannot_be_told_are_refused(step):
+    """The last call looks the same whichever way the first one counted."""
+    model = extended(models.llama(), 3, 7)
+    right = torch.ones(2, 40 + step, dtype=torch.int64)
+    right[1, 30:40] = 0
+    left, whole = right.roll(10, 1), torch.ones_like(right)
+    left[1, 40:] = 1
+    left[1, :10] = 0
+    jump = torch.arange(60, 60 + step).unsqueeze(0)
+    for mask, positions in (
+        (right, [None, None]),
+        (left, [positions_of(left)[:, :40], None]),
+        (left, [None, None]),
+        (whole, [None, jump]),
+        (whole, [torch.arange(20, 60).unsqueeze(0), jump]),
+    ):
+        with pytest.raises(ValueError, match="count from 0 without padding in every call"):
+            read(model, mask, positions, [40, step])
+    with pytest.raises(ValueError, match=r"begin at \[9\]"):  # far away, among fewer tokens than the window
+        read(model, whole, [None, torch.arange(9, 9 + step).unsqueeze(0)], [3, step])
+
+
+@pytest.mark.parametrize("step", [1, 2])
+def test_a_right_padded_cache_is_read_on_from_with_positions_as_generate_counts_them(step):
+    model = models.llama()
+    mask = torch.ones(2, 40 + step, dtype=torch.int64)
+    mask[1, 30:40] = 0
+    keep = mask[1].bool()
+    expected = logits(oracle(model, 3, 7), IDS.repeat(1, 2)[1:, : 40 + step][:, keep])
+    extended(model, 3, 7)
+    for first in (None, positions_of(mask)[:, :40]):
+        found = read(model, mask, [first, positions_of(mask)[:, 40:]], [40, step])
+        torch.testing.assert_close(found[1:], expected[:, -step:], **TOLERANCE)
+
+
 def test_a_compiled_decode_step_is_one_graph():
     model = extended(models.llama(num_hidden_layers=1), 3, 7)
     compiled = torch.compile(model, fullgraph=True, backend="eager")
@@ -214,6 +261,9 @@ def test_what_it_cannot_read_is_refused():
         model(input_ids=IDS[:1], position_ids=packed, use_cache=False)
     with pytest.raises(ValueError, match="follow each other within a row"):
         model(input_ids=IDS[:1], position_ids=packed, attention_mask=torch.ones_like(IDS[:1]))
+    twice = extended(models.causal(tf.DiffLlamaConfig, head_dim=8), 3, 7)  # each of its modules attends twice
+    with pytest.raises(ValueError, match="follow each other within a row"):
+        twice(input_ids=IDS[:1], position_ids=packed, attention_mask=torch.ones_like(IDS[:1]))
     square = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="no attention mask of four dimensions"):
         model(input_ids=IDS[:1], attention_mask=square)
@@ -238,6 +288,20 @@ def test_models_that_it_does_not_fit_are_refused_by_name(name, words):
     with pytest.raises(ValueError, match=rf"{type(model).__name__}.*{words}"):
         apply_self_extend(model, group_size=4, window=8)
     assert model.config.get_text_config()._attn_implementation != "self_extend"
+
+
+@pytest.mark.parametrize("in_pairs", [False, True])
+def test_biases_that_drown_the_rotation_in_bf16_hide_no_layer(in_pairs):
+    """Qwen2's keys have some; on the slowest channels they hardly turn."""
+    sizes = {"head_dim": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    pairs = {"attention_bias": True, "partial_rotary_factor": 1.0}
+    model = models.causal(tf.GlmConfig, **sizes, **pairs) if in_pairs else models.causal(tf.Qwen2Config, **sizes)
+    with torch.no_grad():
+        for projection in (model.model.layers[1].self_attn.q_proj, model.model.layers[1].self_attn.k_proj):
+            bias = projection.bias.zero_().view(-1, 64)
+            bias[:, [62, 63] if in_pairs else [31, 63]] = 100.0
+    found = rotary_layers(model.to(torch.bfloat16))
+    assert [layer.interleaved for layer in found] == [in_pairs, in_pairs]
 
 
 def test_rotations_that_do_not_compose_are_refused(monkeypatch):

@@ -189,6 +189,25 @@ def test_the_merged_model_keeps_it_in_memory_and_says_what_loading_needs(tmp_pat
     assert torch.equal(logits(plain), logits(merged))
 
 
+def test_the_name_of_its_attention_alone_is_refused(tmp_path):
+    base().save_pretrained(tmp_path)
+    named = tf.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="self_extend")
+    built = tf.AutoModelForCausalLM.from_config(base().config)
+    plain = llama()
+    plain.set_attn_implementation("self_extend")
+    for model in (named, built, plain):
+        assert read_self_extend(model) is None
+        with pytest.raises(ValueError, match=r"by its name alone, .*apply_self_extend\(model"):
+            logits(model)
+    applied = apply_self_extend(named, **named.config.self_extend)
+    assert read_self_extend(named) == SETTINGS
+    assert torch.equal(logits(named), logits(base()))
+    applied.restore()
+    assert read_self_extend(named) is None
+    with pytest.raises(ValueError, match="by its name alone"):
+        logits(named)
+
+
 def test_the_merge_stage_refuses_it(base_folder, tmp_path):
     model = adapted(tf.AutoModelForCausalLM.from_pretrained(base_folder), self_extend=SETTINGS)
     model.save_pretrained(tmp_path / "adapter")
@@ -250,8 +269,16 @@ def test_without_weights_it_fits_or_not_but_does_not_run(base_folder, tmp_path):
     check_adapter(base_folder, str(tmp_path))
     with torch.device("meta"):
         model = get_peft_model(llama(), SealConfig(self_extend=SETTINGS))
-    with torch.device("meta"), pytest.raises(ValueError, match="latent attention"):
-        get_peft_model(models.ARCHITECTURES["deepseek_v3"].build(), SealConfig(self_extend=SETTINGS))
+    for name, words in (("deepseek_v3", "latent attention"), ("gpt_oss", "sinks")):
+        with torch.device("meta"), pytest.raises(ValueError, match=words):
+            get_peft_model(models.ARCHITECTURES[name].build(), SealConfig(self_extend=SETTINGS))
+    with torch.device("meta"):
+        asked = models.ARCHITECTURES["mixtral"].build()
+    experts = asked.config._experts_implementation
+    apply_self_extend(asked, **SETTINGS).restore()
+    assert all(parameter.requires_grad for parameter in asked.parameters())
+    assert asked.config._experts_implementation == experts
+    assert not any(module._forward_hooks for module in asked.modules())
     model.to_empty(device="cpu")
     with pytest.raises(ValueError, match="Apply it again now"):
         logits(model)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.utils import logging
 
@@ -28,7 +28,7 @@ _LARGEST, _ROUNDING = 400_000, 1 + 1e-5
 _NOTES = {
     "linear": "squeezes all positions, also of short texts; few models bear it untrained",
     "dynamic": "exact up to the native length; keys in a cache keep the frequencies of their time",
-    "ntk": "raises the base of the rotation once, which engines serve as rope_theta; reaches less than its window",
+    "ntk": "raises the base of the rotation once, which engines serve as rope_theta",
     "yarn": "leaves fast frequencies alone; the usual choice, and engines serve it",
 }
 
@@ -61,7 +61,8 @@ def advise(config: PreTrainedConfig, length: int) -> list[Advice]:
     `2/3 L > W + (length - W) / G`. The note names the group that keeps it with 1/2.
 
     Args:
-        config: The model's config. A model is built from it without weights, to see what it takes.
+        config: The model's config. A model is built from it without weights, to see what it takes. How it rotates only
+            its weights show, so the loaded model may still refuse Self-Extend, and the note says so.
         length: Target length in tokens, the answer included.
 
     Returns:
@@ -78,8 +79,7 @@ def advise(config: PreTrainedConfig, length: int) -> list[Advice]:
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 1:
         raise ValueError(f"length={length!r} is not allowed. Use a positive whole number of tokens.")
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model = _without_weights(config)
     own = read_rope(model)
     if own is None:
         raise ValueError(
@@ -94,6 +94,14 @@ def advise(config: PreTrainedConfig, length: int) -> list[Advice]:
         return [*(_rope(model, kind, length, window) for kind in _NOTES), _self_extend(model, length, window)]
     finally:
         logging.set_verbosity(verbosity)
+
+
+def _without_weights(config: PreTrainedConfig) -> nn.Module:
+    with torch.device("meta"):
+        try:
+            return cast(nn.Module, AutoModelForCausalLM.from_config(config))
+        except ValueError:  # of a model that reads images, too, say
+            return cast(nn.Module, AutoModel.from_config(config))
 
 
 def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
@@ -118,7 +126,8 @@ def _rope(model: nn.Module, kind: str, length: int, window: int) -> Advice:
         return Advice(kind, None, 0, "whatever its factor, some channels turn to angles that the model has not seen")
     longest = int(quarters * unit / 4)
     beyond = bisect_left(range(longest + 1), True, lo=length, key=lambda tokens: not holds(quarters, tokens))
-    return Advice(kind, {"rope_parameters": {"rope_type": kind, "factor": quarters / 4}}, beyond - 1, _NOTES[kind])
+    note = _NOTES[kind] + ("; reaches less than its window" if beyond <= longest else "")
+    return Advice(kind, {"rope_parameters": {"rope_type": kind, "factor": quarters / 4}}, beyond - 1, note)
 
 
 def _angles(model: nn.Module, length: int) -> torch.Tensor:
@@ -147,9 +156,12 @@ def _self_extend(model: nn.Module, length: int, window: int) -> Advice:
     except ValueError as error:
         return Advice("self_extend", None, 0, str(error))
     except RuntimeError:  # its layers need values that the meta device does not have
-        return Advice("self_extend", None, 0, "only the loaded model tells; SealConfig(self_extend=...) tries it")
+        pass
     near = max(1, int(window * _WINDOW_SHARE))
     groups = [math.floor((length - near) / (share * window - near)) + 1 for share in _SHARES]
     settings = {"group_size": groups[0], "window": near}
-    note = f"needs this package where it runs; group_size={groups[1]} keeps to half of the native positions"
+    note = (
+        "needs this package where it runs; may be refused by the loaded model; "
+        f"group_size={groups[1]} keeps to half of the native positions"
+    )
     return Advice("self_extend", {"self_extend": settings}, extended_window(window, settings), note)

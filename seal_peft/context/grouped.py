@@ -108,14 +108,23 @@ def key_positions(positions: Tensor, slots: Tensor | None, keys: int) -> Tensor:
     return anchor - seen.sum(dim=-1, keepdim=True) + seen.cumsum(dim=-1)
 
 
-def are_consecutive(positions: Tensor, slots: Tensor | None, keys: int) -> bool:
-    """Whether the queries have the positions that their keys are taken to have."""
+def are_known(positions: Tensor, slots: Tensor | None, keys: int) -> bool:
+    """Whether the keys have the positions that `key_positions` gives, as far as one call can tell.
+
+    Those of the call have the positions of their queries. Cached ones bear none, so only what `generate` counts is
+    taken: from 0, without padding.
+    """
     found = key_positions(positions, slots, keys)
     queries = positions.shape[1]
     if slots is None:
-        return bool((positions == found[:, -queries:]).all())
-    own = positions.expand(len(slots), -1).gather(1, slots.clamp(0, queries - 1))
-    return bool(((own == found) | (slots < 0) | (slots >= queries)).all())
+        own = positions == found[:, -queries:]
+        return bool((own & (found[:, :1] == 0)).all() if queries < keys else own.all())
+    seen = slots < queries
+    cached, new = seen & (slots < 0), seen & (slots >= 0)
+    own = positions.expand(len(slots), -1).gather(1, slots.clamp(0, queries - 1)) == found
+    # Where a row has nothing new but padding, nobody reads its cached keys.
+    counted = (found == seen.cumsum(dim=-1) - 1) | ~new.any(dim=-1, keepdim=True)
+    return bool(((own | ~new) & (counted | ~cached)).all())
 
 
 def _ranges(slots: Tensor, queries: int) -> list[tuple[int, int, int, int]] | None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .grouped import rotate
@@ -56,7 +57,7 @@ def rotary_layers(model: nn.Module) -> list[RotaryLayer]:
     The model runs twice over six tokens at different positions, with attention that gives zeros, so that nothing but
     the rotation differs. What `grouped.rotate` makes of the first run's queries and keys must be those of the second.
     Layers with a sliding window or without positions are left out. On the meta device, where nothing can be compared,
-    all layers without a window are taken.
+    every other layer is taken, and the loaded model may refuse what it does after the rotation.
 
     Raises:
         ValueError: The model does not call transformers' attention interface with `position_ids`, has no such layer,
@@ -77,7 +78,7 @@ def rotary_layers(model: nn.Module) -> list[RotaryLayer]:
     if "mrope_section" in config.rope_parameters:
         raise ValueError(f"{name} has positions of several dimensions (M-RoPE), which Self-Extend does not support.")
     check_frequencies(model, rotaries)
-    first, second = (_run(model, config, positions) for positions in _POSITIONS)
+    first, second = (_run(model, config, rotaries, positions) for positions in _POSITIONS)
     found = []
     for one, other in zip(first, second, strict=True):
         if one.extras:
@@ -85,8 +86,8 @@ def rotary_layers(model: nn.Module) -> list[RotaryLayer]:
                 f"{name} has attention with {', '.join(one.extras)} (soft capping or sinks), which Self-Extend does "
                 "not support. Extend it by rope_parameters, such as YaRN."
             )
-        if one.is_full and (one.query.is_meta or not (_near(one.query, other.query) and _near(one.key, other.key))):
-            found.append(_rotary_layer(name, one, other, rotaries))
+        if one.is_full and (layer := _rotary_layer(name, one, other, rotaries)):
+            found.append(layer)
     if not found:
         raise ValueError(
             f"No layer of {name} rotates its queries and keys and attends to all that came before through "
@@ -110,58 +111,96 @@ def check_frequencies(model: nn.Module, rotaries: list[nn.Module]) -> None:
         )
 
 
-def _rotary_layer(name: str, one: _Heard, other: _Heard, rotaries: list[nn.Module]) -> RotaryLayer:
+def _rotary_layer(name: str, one: _Heard, other: _Heard, rotaries: list[nn.Module]) -> RotaryLayer | None:
+    """Find what explains the second run best: one of the rotations, or `None` for no positions."""
     where = f"{name}, layer {getattr(one.attention, 'layer_idx', '?')} ({type(one.attention).__name__})"
-    if one.position_ids is None or not (one.query.is_meta or one.position_ids.tolist() == [list(_POSITIONS[0])]):
+    unlike, layer = min(_explained(one, other, rotaries), key=lambda pair: pair[0])
+    # A model rounds twice in its own dtype. Compared so that NaN is refused.
+    if not unlike <= (16 * torch.finfo(one.key.dtype).eps if one.key.dtype.itemsize < 4 else 1e-4):
+        raise ValueError(
+            f"{where} does not rotate queries and keys in a way that can be composed (halves or pairs of channels, "
+            "nothing after the rotation but a constant), so Self-Extend would be wrong. Extend it by rope_parameters "
+            "instead."
+        )
+    positions = one.position_ids
+    if layer and (positions is None or not (positions.is_meta or positions.tolist() == [list(_POSITIONS[0])])):
         raise ValueError(f"{where} does not hand position_ids to its attention function. Self-Extend needs them.")
+    return layer
+
+
+def _explained(one: _Heard, other: _Heard, rotaries: list[nn.Module]) -> Iterator[tuple[float, RotaryLayer | None]]:
+    """Say how unlike the second run the first one is: as it is, and turned by every rotation."""
+    is_meta, parts = one.query.is_meta, (one.query, one.key)
+    yield float(any(x.requires_grad for x in parts)) if is_meta else _unlike(parts, other), None
     old, new = (torch.tensor([positions], device=one.key.device) for positions in _POSITIONS)
     for rotary in rotaries:
         for buffer, frequencies in rotary.named_buffers():
             if not buffer.endswith("inv_freq") or "original" in buffer or 2 * len(frequencies) > one.key.shape[-1]:
                 continue
-            if one.query.is_meta:
-                return RotaryLayer(one.attention, rotary, buffer, None)
-            frequencies = frequencies.to(one.key.device)
+            if is_meta:
+                yield 0.0, RotaryLayer(one.attention, rotary, buffer, None)
+                continue
             for interleaved in (False, True):
-                turned = [rotate(x, old, new, frequencies, interleaved) for x in (one.query, one.key)]
-                if _near(turned[0], other.query) and _near(turned[1], other.key):
-                    return RotaryLayer(one.attention, rotary, buffer, interleaved)
-    raise ValueError(
-        f"{where} does not rotate queries and keys in a way that can be composed (halves or pairs of channels, "
-        "nothing after the rotation but a constant), so Self-Extend would be wrong. Extend it by rope_parameters "
-        "instead."
-    )
+                turned = [rotate(x, old, new, frequencies.to(x.device), interleaved) for x in parts]
+                yield _unlike(turned, other), RotaryLayer(one.attention, rotary, buffer, interleaved)
 
 
-def _near(one: Tensor, other: Tensor) -> bool:
-    """Whether two are the same but for rounding, which a model does twice in its own dtype."""
-    tolerance = 16 * torch.finfo(one.dtype).eps if one.dtype.itemsize < 4 else 1e-4
-    return float((one - other).float().norm()) <= tolerance * float(other.float().norm())
+def _unlike(parts: Sequence[Tensor], other: _Heard) -> float:
+    """How far queries and keys are from those of another run, as a share of their norm."""
+    pairs = zip(parts, (other.query, other.key), strict=True)
+    return max(float((x - y).float().norm() / y.float().norm().clamp(min=1e-30)) for x, y in pairs)
 
 
-def _run(model: nn.Module, config: Any, positions: tuple[int, ...]) -> list[_Heard]:
+def _run(model: nn.Module, config: Any, rotaries: list[nn.Module], positions: tuple[int, ...]) -> list[_Heard]:
     device = next(model.parameters()).device
+    is_meta = device.type == "meta"
     ids = torch.arange(1, 1 + len(positions), device=device).unsqueeze(0)
+    # Without values none may be asked for: models look into their mask, and choose experts by what a token needs.
+    mask = torch.ones(ids.shape, dtype=ids.dtype, device="cpu" if is_meta else device)
+    changes = {"_attn_implementation": _NAME} | ({"_experts_implementation": "batched_mm"} if is_meta else {})
     heard: list[_Heard] = []
     token = _heard.set(heard)
     try:
-        with torch.no_grad(), _in_eval(model), attention_implementation(config, _NAME):
+        with _in_eval(model), _changed(config, changes), _grad_of(rotaries, model) if is_meta else torch.no_grad():
             position_ids = torch.tensor([positions], device=device)
-            model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=position_ids, use_cache=False)
+            model(input_ids=ids, attention_mask=mask, position_ids=position_ids, use_cache=False)
     finally:
         _heard.reset(token)
     return heard
 
 
 @contextmanager
-def attention_implementation(config: Any, name: str) -> Iterator[None]:
-    """Within the context, the layers that read this config attend by another function."""
-    before = config._attn_implementation
-    config._attn_implementation = name
+def _grad_of(rotaries: list[nn.Module], model: nn.Module) -> Iterator[None]:
+    """Within the context, a tensor requires a gradient if and only if it depends on what rotary modules return."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    hooks = [rotary.register_forward_hook(_with_grad) for rotary in rotaries]
+    try:
+        for parameter in trained:
+            parameter.requires_grad = False
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad = True
+        for hook in hooks:
+            hook.remove()
+
+
+def _with_grad(_: nn.Module, __: Any, rotation: Any) -> Any:
+    return tree_map(lambda part: part.detach().requires_grad_(), rotation)
+
+
+@contextmanager
+def _changed(config: Any, changes: dict[str, str]) -> Iterator[None]:
+    """Within the context, a config has other values."""
+    before = {name: getattr(config, name) for name in changes}
+    for name, value in changes.items():
+        setattr(config, name, value)
     try:
         yield
     finally:
-        config._attn_implementation = before
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 @contextmanager

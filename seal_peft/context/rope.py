@@ -7,30 +7,16 @@ transformers does for a new model, and its frequencies take the place of the old
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-_MAX, _NATIVE = "max_position_embeddings", "original_max_position_embeddings"
-# What one type of scaling brings and another does not want; everything else (base, partial rotation) stays.
-_SCALING = {"rope_type", "type", "factor", _NATIVE, "attention_factor", "beta_fast", "beta_slow", "truncate", "mscale"}
-_SCALING |= {"mscale_all_dim", "short_factor", "long_factor", "low_freq_factor", "high_freq_factor"}
-# What a rotary module keeps for itself; models with RoPE per layer type put the type in front.
-_STATE = (
-    "inv_freq",
-    "attention_scaling",
-    "rope_type",
-    "rope_init_fn",
-    "rope_init_fns",
-    "seq_len_cached",
-    "original_max_seq_len",
-    "mrope_section",
-)
+from .rope_state import put_state, sizes_of, state_of
+from .rope_values import MAX, NATIVE, SCALING, check_length, check_request, plain
 
 
 def read_rope(model: nn.Module) -> dict[str, Any] | None:
@@ -57,19 +43,24 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
 
     Args:
         model: A transformers model; `model.config` follows, so that saving the model saves the parameters.
-        rope_parameters: As in transformers' configs: `{"rope_type": "yarn", "factor": 4.0}`; what is left out is taken
-            from the model. The type `"ntk"` with a factor raises the base and keeps the rest:
-            `rope_theta * factor ** (d / (d - 2))` for `d` rotated channels. For models with RoPE per layer type, give
-            `{"full_attention": {...}, ...}`; parameters without a layer type are for `full_attention`. The key
-            `max_position_embeddings` beside them sets the length; otherwise it is raised by the factor, except for
-            `"dynamic"`, which measures lengths by it, and for `"linear"`, where it is the native length: so published
-            models have it, and engines multiply it by the factor.
+        rope_parameters: As in transformers' configs: `{"rope_type": "yarn", "factor": 4.0}`. Of what is left out, the
+            base (`rope_theta`) and partial rotation are the model's; so is all that a type of scaling brings, such as
+            `beta_fast`, if the model has this type already. The type `"ntk"` raises the base and keeps the rest, so
+            that the slowest rotated pair of channels slows down by the factor: `rope_theta * factor ** (d / (d - 2))`
+            for `d` rotated channels; where only `r` of the `d` rotate (`"proportional"`), the exponent is
+            `d / (r - 2)`. For models with RoPE per layer type, give `{"full_attention": {...}, ...}`; parameters
+            without a layer type are for `full_attention`. The key `max_position_embeddings` beside them sets the
+            length; otherwise it is raised by the factor, except for `"dynamic"`, which measures lengths by it, and
+            for `"linear"`, where it is the native length: so published models have it, and engines multiply it by
+            the factor.
 
     Returns:
         What puts the old parameters back: `.restore()`.
 
     Raises:
-        ValueError: The model has no RoPE, or transformers does not build it with these parameters.
+        TypeError: A value is not one that JSON has, such as numpy's numbers.
+        ValueError: The model has no RoPE, or layers with a RoPE of their own that its config does not name; a name or
+            value is not allowed; or transformers does not build it with these parameters.
 
     Example:
         ```python
@@ -83,6 +74,7 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
         raise ValueError(
             f"{type(model).__name__} has no rotary position embedding, so it cannot take rope_parameters."
         )
+    _check_configs(model, config)
     wanted = resolve_rope(model, rope_parameters)
     _check_attention(model, config.rope_parameters, wanted)
     new = copy.deepcopy(config)
@@ -94,8 +86,7 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
             fresh = [type(module)(new) for module in modules]
     except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise ValueError(f"{type(model).__name__} cannot be built with rope_parameters={wanted}: {error}") from error
-    sizes = [[{name: b.shape for name, b in m.named_buffers()} for m in side] for side in (modules, fresh)]
-    if _read(new) != wanted or sizes[0] != sizes[1]:
+    if _read(new) != wanted or [sizes_of(module) for module in modules] != [sizes_of(module) for module in fresh]:
         raise ValueError(
             f"{type(model).__name__} does not take rope_parameters={wanted} as they are: transformers makes "
             f"{_read(new)} of them, or rotates another number of channels."
@@ -103,7 +94,7 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
     applied = AppliedRope(config, modules)
     _write(config, wanted)
     for module, other in zip(modules, fresh, strict=True):
-        _put(module, _state(other))
+        put_state(module, state_of(other))
     return applied
 
 
@@ -117,16 +108,16 @@ class AppliedRope:
     def __init__(self, config: PreTrainedConfig, modules: list[nn.Module]) -> None:
         self.before = _read(config)
         self._config = config
-        names = ("rope_parameters", _MAX, _NATIVE)
+        names = ("rope_parameters", MAX, NATIVE)
         self._values = {name: copy.deepcopy(getattr(config, name)) for name in names if hasattr(config, name)}
-        self._states = [(module, _state(module)) for module in modules]
+        self._states = [(module, state_of(module)) for module in modules]
 
     def restore(self) -> None:
-        """Put back the very frequencies that the model had; on the device where the model is now."""
+        """Put back the very frequencies that the model had; moved and cast as the model was since."""
         for name, value in self._values.items():
             setattr(self._config, name, value)
         for module, state in self._states:
-            _put(module, state)
+            put_state(module, state)
 
 
 def resolve_rope(
@@ -143,12 +134,15 @@ def resolve_rope(
         All parameters, in the form of `read_rope`.
 
     Raises:
-        ValueError: The request has the wrong form for the model, or a type or factor that does not exist.
+        TypeError: A value is not one that JSON has, such as numpy's numbers.
+        ValueError: The request has the wrong form for the model, or a type, name or value that is not allowed.
     """
     own = dict(own or read_rope(model) or {})
-    longest = own.pop(_MAX)
-    request = _plain(rope_parameters)
-    asked_longest = request.pop(_MAX, None)
+    longest = own.pop(MAX)
+    request = plain(rope_parameters)
+    asked_longest = request.pop(MAX, None)
+    if asked_longest is not None:
+        check_length(MAX, asked_longest)
     layer_types = [name for name, value in own.items() if isinstance(value, dict)]
     nested = any(isinstance(value, dict) for value in request.values())
     if nested and not layer_types:
@@ -168,15 +162,23 @@ def resolve_rope(
         new_longest = max([longest, *(length for _, length in found.values())])
     else:
         resolved, new_longest = _resolve(request, own, longest, _rotated(model, "inv_freq"), alone=True)
-    return {**resolved, _MAX: asked_longest or new_longest}
+    return {**resolved, MAX: asked_longest or new_longest}
 
 
 def reach_of(parameters: Mapping[str, Any]) -> int:
-    """Return how many tokens parameters in the form of `read_rope` reach."""
+    """Return how many tokens parameters in the form of `read_rope` reach.
+
+    Usually it is the maximum. `dynamic` and, for all layers at once, `linear` keep their factor out of it, and so do
+    models whose YaRN was switched on by hand, which left the maximum at the native length.
+    """
+    longest: int = parameters[MAX]
     by_layer: list[Mapping[str, Any]] = [value for value in parameters.values() if isinstance(value, dict)]
-    outside = {"dynamic"} if by_layer else {"dynamic", "linear"}  # types whose factor is not in the maximum
-    factors = [kind["factor"] for kind in by_layer or [parameters] if kind.get("rope_type") in outside]
-    return int(max(factors, default=1) * parameters[_MAX])
+    reached = [longest]
+    for kind in by_layer or [parameters]:
+        native = {"dynamic": longest, "yarn": kind.get(NATIVE, longest), "longrope": kind.get(NATIVE, longest)}
+        native |= {} if by_layer else {"linear": longest}
+        reached.append(int(native.get(str(kind.get("rope_type")), 0) * kind.get("factor", 1)))
+    return max(reached)
 
 
 def _resolve(
@@ -189,39 +191,35 @@ def _resolve(
         raise ValueError(
             f"rope_type={kind!r} is not known. This version of transformers, and this package, know {known}."
         )
-    new = {name for name, value in request.items() if value != own.get(name)}
-    if unknown := sorted(new - _SCALING - {*own, *RopeParameters.__annotations__}):
-        raise ValueError(f"No RoPE takes {unknown}, which rope_parameters has. Correct the name, or leave it out.")
+    check_request(kind, request, own, dim)
     factor = request.get("factor", 1.0)
-    if isinstance(factor, bool) or not isinstance(factor, int | float) or not 1 <= factor < float("inf"):
-        raise ValueError(f"factor={factor!r} is not allowed in rope_parameters. Use a number of at least 1.")
-    if kind == "default" and (idle := sorted(new & _SCALING - {"rope_type", _NATIVE})):
-        raise ValueError(f"rope_type='default' does nothing with {idle}. Give another rope_type, 'yarn' say: {known}.")
-    for name in ("short_factor", "long_factor"):
-        if len(request.get(name, [0] * (dim // 2))) != dim // 2:
-            raise ValueError(
-                f"{name} in rope_parameters must have {dim // 2} numbers, one per rotated pair of channels."
-            )
     # Gemma 3 has a scaling for some of its layers, and its maximum is the extended one.
     stretched = own.get("factor", 1) if own.get("rope_type") == "linear" and not alone else 1
-    native = own.get(_NATIVE) or int(longest / stretched)
+    native = own.get(NATIVE) or int(longest / stretched)
     if kind == "ntk":
         if "factor" not in request or set(request) - {"rope_type", "factor", "rope_theta"}:
             raise ValueError(f"rope_type='ntk' takes a factor and, if you like, rope_theta; got {request}.")
-        if dim <= 2:
-            raise ValueError(f"rope_type='ntk' needs more than 2 rotated channels per head; this model has {dim}.")
-        theta = request.get("rope_theta", own["rope_theta"]) * factor ** (dim / (dim - 2))
+        # `proportional` spreads frequencies over all channels, but lets only the first of them rotate.
+        share = own.get("partial_rotary_factor", 1.0) if own.get("rope_type") == "proportional" else 1.0
+        rotated = 2 * int(share * dim // 2)
+        if rotated <= 2:
+            raise ValueError(f"rope_type='ntk' needs more than 2 rotated channels per head; this model has {rotated}.")
+        theta = request.get("rope_theta", own["rope_theta"]) * factor ** (dim / (rotated - 2))
         return {**own, "rope_theta": theta}, int(factor * longest)
     if "rope_type" not in request:  # a change to what the model has
         return {**own, **request}, longest
-    resolved = {**{name: value for name, value in own.items() if name not in _SCALING}, **request}
+    same = kind == own.get("rope_type")
+    kept = {name: value for name, value in own.items() if same or name not in SCALING}
+    if "llama_4_scaling_beta" in own:  # attention scales its queries by the native length, whatever turns them
+        kept[NATIVE] = native
+    resolved = {**kept, **request}
     if kind in ("llama3", "longrope", "yarn"):
-        resolved.setdefault(_NATIVE, native)
+        resolved.setdefault(NATIVE, native)
     if kind == "dynamic":
         return resolved, longest
     if kind == "linear" and alone:
         return resolved, native
-    return resolved, max(longest, int(factor * resolved.get(_NATIVE, native)))
+    return resolved, max(longest, int(factor * resolved.get(NATIVE, native)))
 
 
 def text_config(model: nn.Module) -> PreTrainedConfig | None:
@@ -246,7 +244,7 @@ def depends_on_length(rotaries: Iterable[nn.Module]) -> str | None:
 
 
 def _rotated(model: nn.Module, name: str) -> int:
-    """How many channels a head rotates."""
+    """How many channels of a head have frequencies."""
     config = text_config(model)
     assert config is not None
     frequencies = getattr(rotary_modules(model, config)[0], name, None)
@@ -259,28 +257,29 @@ def _rotated(model: nn.Module, name: str) -> int:
 
 
 def _read(config: PreTrainedConfig) -> dict[str, Any]:
-    return {**_plain(config.rope_parameters), _MAX: config.max_position_embeddings}
-
-
-def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy in JSON's types, without what says nothing: `None`, and the type under its old name."""
-    parameters = dict(parameters)
-    if "type" in parameters:
-        parameters.setdefault("rope_type", parameters.pop("type"))
-    kept = {name: _plain(v) if isinstance(v, Mapping) else v for name, v in parameters.items() if v is not None}
-    return dict(json.loads(json.dumps(kept)))
+    return {**plain(config.rope_parameters), MAX: config.max_position_embeddings}
 
 
 def _write(config: PreTrainedConfig, parameters: Mapping[str, Any]) -> None:
-    rope = copy.deepcopy({name: value for name, value in parameters.items() if name != _MAX})
+    rope = copy.deepcopy({name: value for name, value in parameters.items() if name != MAX})
     config.rope_parameters = {**config.rope_parameters, **rope} if _per_layer(rope) else rope
-    config.max_position_embeddings = parameters[_MAX]
-    if hasattr(config, _NATIVE) and _NATIVE in rope:  # Phi-3 has it in both places, and this one wins
-        config.original_max_position_embeddings = rope[_NATIVE]
+    config.max_position_embeddings = parameters[MAX]
+    if hasattr(config, NATIVE) and NATIVE in rope:  # Phi-3 has it in both places, and this one wins
+        config.original_max_position_embeddings = rope[NATIVE]
 
 
 def _per_layer(parameters: Mapping[str, Any]) -> bool:
     return any(isinstance(value, dict) for value in parameters.values())
+
+
+def _check_configs(model: nn.Module, config: PreTrainedConfig) -> None:
+    """Refuse models of which a part reads a copy of the config; parts of another kind have a config of their own."""
+    read: list[Any] = [getattr(module, "config", None) for module in model.modules() if hasattr(module, "rope_type")]
+    if any(type(other) is type(config) and other is not config for other in read):
+        raise ValueError(
+            f"{type(model).__name__} gives some of its layers a RoPE of their own, from copies of its config that "
+            "rope_parameters would not reach. Load the base model with the RoPE that you want instead."
+        )
 
 
 def _check_attention(model: nn.Module, *parameters: Mapping[str, Any]) -> None:
@@ -291,18 +290,3 @@ def _check_attention(model: nn.Module, *parameters: Mapping[str, Any]) -> None:
             f"{type(model).__name__} scales its attention by mscale_all_dim, which cannot change once it is loaded. "
             "Load the base model with these rope_parameters instead."
         )
-
-
-def _state(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
-    return {name: value for name, value in vars(module).items() if name.endswith(_STATE)}, dict(module._buffers)
-
-
-def _put(module: nn.Module, state: tuple[dict[str, Any], dict[str, Any]]) -> None:
-    attributes, buffers = state
-    devices = {buffer.device for buffer in module.buffers()}
-    for name in [name for name in vars(module) if name.endswith(_STATE)]:
-        del vars(module)[name]
-    vars(module).update(attributes)
-    module._buffers.clear()
-    module._buffers.update({name: buffer.to(*devices) for name, buffer in buffers.items()})
-    module._non_persistent_buffers_set = set(buffers)

@@ -3,7 +3,7 @@
 Source: "LLM Maybe LongLM: Self-Extend LLM Context Window Without Tuning", ICML 2024, arXiv 2401.01325. With group size
 `G` and window `W`, a query at position `p` and a key at `r` count as `p` and `r` if `p - r < W`, otherwise as
 `p // G + W - W // G` and `r // G`; there is one softmax over both. A model with a native length of `L` then reads
-`(L - W) * G + W` tokens.
+`(L - W) * G + W - W % G` tokens.
 
 The attention is a function registered with transformers' attention interface. Keys come to it, also from a cache,
 rotated to their true positions. Rotations compose, so it turns them on to their grouped ones.
@@ -20,12 +20,12 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
-from .grouped import Grouping, are_consecutive, attend
+from .grouped import Grouping, are_known, attend
 from .probe import RotaryLayer, check_frequencies, rotary_layers
 from .rope import text_config
 
 NAME = "self_extend"
-_SETTINGS = "_self_extend"  # where an attention module keeps them
+_SETTINGS = "_self_extend"  # where an attention module keeps them; `None` if it attends as ever
 
 
 def apply_self_extend(model: nn.Module, *, group_size: int, window: int) -> AppliedSelfExtend:
@@ -62,7 +62,8 @@ def apply_self_extend(model: nn.Module, *, group_size: int, window: int) -> Appl
 def read_self_extend(model: nn.Module) -> dict[str, int] | None:
     """Return the settings that are in force on a model, `None` if none are.
 
-    A saved `config.json` may hold the settings, too; they are in force only after `apply_self_extend`.
+    A saved `config.json` may hold the settings, too, and a model may be loaded with
+    `attn_implementation="self_extend"`; they are in force only after `apply_self_extend`.
 
     Args:
         model: A transformers model.
@@ -71,17 +72,20 @@ def read_self_extend(model: nn.Module) -> dict[str, int] | None:
         `group_size`, and `window` in tokens.
     """
     config = text_config(model)
-    return dict(config.self_extend) if config is not None and config._attn_implementation == NAME else None
+    if config is None or config._attn_implementation != NAME:
+        return None
+    return dict(config.self_extend) if any(_SETTINGS in vars(module) for module in model.modules()) else None
 
 
 def extended_window(window: int, settings: dict[str, int]) -> int:
-    """Return how many tokens a model reads by Self-Extend.
+    """Return how many tokens a model reads by Self-Extend without a position that it does not know.
 
     Args:
         window: What it reads without, in tokens.
         settings: As for `apply_self_extend`.
     """
-    return max(window, (window - settings["window"]) * settings["group_size"] + settings["window"])
+    near, group = settings["window"], settings["group_size"]
+    return max(window, (window - near) * group + near - near % group)
 
 
 def check_settings(settings: Any) -> dict[str, int]:
@@ -126,15 +130,19 @@ class AppliedSelfExtend:
 
     def __init__(self, model: nn.Module, layers: list[RotaryLayer], settings: dict[str, int]) -> None:
         self._config = cast(PreTrainedConfig, text_config(model))
-        self._layers = layers
         check_frequencies(model, [layer.rotary for layer in layers])
         names = ("_attn_implementation", NAME)
         self._before = {name: getattr(self._config, name) for name in names if hasattr(self._config, name)}
-        self._settings = [vars(layer.attention).get(_SETTINGS) for layer in layers]
+        self._modules = {m for m in model.modules() if getattr(m, "config", None) is self._config}
+        self._modules |= {layer.attention for layer in layers}
+        self._settings = {m: vars(m)[_SETTINGS] for m in self._modules if _SETTINGS in vars(m)}
         self._config._attn_implementation = NAME
         self._config.self_extend = dict(settings)
-        for index, layer in enumerate(layers):
-            vars(layer.attention)[_SETTINGS] = _Settings(layer, **settings, checks=index == 0)
+        for module in self._modules:
+            vars(module)[_SETTINGS] = None
+        for layer in layers:  # a module is here as often as it attends in one pass of the model
+            checks = layer.attention is layers[0].attention
+            vars(layer.attention)[_SETTINGS] = _Settings(layer, **settings, checks=checks)
 
     def restore(self) -> None:
         """Give the model its attention back."""
@@ -142,10 +150,10 @@ class AppliedSelfExtend:
             del self._config.self_extend
         for name, value in self._before.items():
             setattr(self._config, name, value)
-        for layer, settings in zip(self._layers, self._settings, strict=True):
-            vars(layer.attention).pop(_SETTINGS, None)
-            if settings is not None:
-                vars(layer.attention)[_SETTINGS] = settings
+        for module in self._modules:
+            vars(module).pop(_SETTINGS, None)
+        for module, settings in self._settings.items():
+            vars(module)[_SETTINGS] = settings
 
 
 def self_extend_attention(
@@ -176,29 +184,34 @@ def self_extend_attention(
         The output, `(batch, queries, heads, channels of a value)`, and `None` for its weights.
 
     Raises:
-        ValueError: A mask of four dimensions, dropout, or positions that do not follow each other.
+        ValueError: Self-Extend was not applied, a mask of four dimensions, dropout, or positions that do not follow
+            each other.
     """
-    settings: _Settings | None = vars(module).get(_SETTINGS)
+    if _SETTINGS not in vars(module):
+        raise ValueError(
+            f"The attention of this model was set to {NAME!r} by its name alone, without group_size and window. Call "
+            "seal_peft.context.self_extend.apply_self_extend(model, group_size=..., window=...), or choose another "
+            "attn_implementation. A model that was saved under Self-Extend has both in config.self_extend."
+        )
+    settings: _Settings | None = vars(module)[_SETTINGS]
     queries, keys = query.shape[2], key.shape[2]
     slots = _slots(attention_mask)
+    has_own_mask = attention_mask is None or slots is not None
+    if settings is not None and settings.checks and has_own_mask and position_ids is not None:
+        if not torch.compiler.is_compiling() and not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+            _check_positions(position_ids, slots, keys)
     if settings is None or keys <= settings.window:
         if slots is not None:
             attention_mask = (slots[:, None] <= torch.arange(queries, device=key.device)[:, None]).unsqueeze(1)
         kwargs |= {"scaling": scaling, "dropout": dropout, "position_ids": position_ids}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if dropout or position_ids is None or (attention_mask is not None and slots is None):
+    if dropout or position_ids is None or not has_own_mask:
         raise ValueError(
             "Self-Extend takes no attention dropout, no attention mask of four dimensions, and needs position_ids; "
             f"got dropout={dropout}, position_ids={position_ids}, "
             f"attention_mask={None if attention_mask is None else tuple(attention_mask.shape)}. Set attention_dropout "
             "to 0 in the config, and pass a mask of shape (batch, tokens)."
         )
-    if settings.checks and queries > 1 and not torch.compiler.is_compiling():
-        if not are_consecutive(position_ids, slots, keys):
-            raise ValueError(
-                "Self-Extend needs position_ids that follow each other within a row. Packed texts belong in rows of "
-                "their own."
-            )
     layer = settings.layer
     if layer.interleaved is None:
         raise ValueError(
@@ -254,6 +267,17 @@ def self_extend_mask(
         known = attention_mask[:, kv_offset : kv_offset + kv_length]
         seen = torch.nn.functional.pad(known, (0, kv_length - known.shape[1]), value=True)
     return torch.where(seen, slots - q_offset, kv_length + q_length)[:, None, None, :]
+
+
+def _check_positions(position_ids: Tensor, slots: Tensor | None, keys: int) -> None:
+    """Refuse positions from which those of the keys do not follow; it waits for the device, so one layer does it."""
+    if not are_known(position_ids, slots, keys):
+        raise ValueError(
+            "Self-Extend needs position_ids that follow each other within a row and, to read on from a cache, ones "
+            "that count from 0 without padding in every call, as `generate` makes them; got ones that begin at "
+            f"{position_ids[:, 0].tolist()}. Pass (attention_mask.cumsum(-1) - 1).clamp(min=0), cut to the new "
+            "tokens. Packed texts belong in rows of their own."
+        )
 
 
 def _slots(attention_mask: Tensor | None) -> Tensor | None:

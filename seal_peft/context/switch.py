@@ -146,12 +146,17 @@ class PositionSwitch:
         self._set(self.wanted(names))
 
     def _set(self, wanted: Request | None) -> None:
-        if wanted is self._current:
+        before = self._current
+        if wanted is before:
             return
         self._restore(self._applied)
         self._applied, self._current = [], None
         self._own = (read_rope(self._model), read_self_extend(self._model))
-        self._applied = self._apply(wanted) if wanted is not None else []
+        try:
+            self._applied = self._apply(wanted) if wanted is not None else []
+        except BaseException:
+            self._set(before)
+            raise
         self._current = wanted
 
     def _apply(self, wanted: Request) -> list[AppliedRope | AppliedSelfExtend]:

@@ -171,9 +171,10 @@ class SealConfig(PeftConfig):
 
     def _check_sites(self) -> None:
         if isinstance(self.sites, tuple | list) and not self.sites:
-            if self.rope_parameters is None and self.self_extend is None:
+            if not self.rope_parameters and not self.self_extend:
                 raise ValueError(
-                    "sites=() scales nothing. Use ('output',), ('query',) or ('output', 'query'), or give "
+                    "sites=() scales nothing, so this adapter would do nothing. Use ('output',), ('query',) or "
+                    "('output', 'query'), or give "
                     "rope_parameters or self_extend, which an adapter may bring without scales."
                 )
             if self.granularity == "channel" or self.query_modules is not None or self.target_heads is not None:

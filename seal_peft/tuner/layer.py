@@ -97,17 +97,18 @@ class SealLayer(BaseTunerLayer):
             self.seal_delta[adapter_name].requires_grad_(trains)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """Choose the active adapters; those that ask for different RoPE are refused before anything changes."""
+        """Choose the active adapters; a RoPE that cannot be is refused before anything changes."""
         if self.rope is not None:
             names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-            self.rope.wanted([*names, *self.merged_adapters])
+            ask = self.rope.wanted if self.disable_adapters else self.rope.use
+            ask([*names, *self.merged_adapters])
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        self._use_rope()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch the adapters on or off."""
+        if self.rope is not None:
+            self.rope.use([*self.active_adapters, *self.merged_adapters] if enabled else [])
         super().enable_adapters(enabled)
-        self._use_rope()
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter."""
