@@ -167,8 +167,9 @@ def test_a_request_that_the_model_does_not_take_leaves_it_as_it_was():
     for settings in ({"group_size": 3}, {"group_size": 0, "window": 4}, {"group_size": 2.0, "window": 4}):
         with pytest.raises(ValueError, match="Use two positive whole numbers"):
             get_peft_model(llama(), SealConfig(self_extend=settings))
-    with pytest.raises(ValueError, match="self_extend=3 is not allowed"):
-        SealConfig(self_extend=3)
+    for settings in (3, {}):
+        with pytest.raises(ValueError, match=f"self_extend={settings} is not allowed"):
+            SealConfig(self_extend=settings)
     for name in ("gpt2", "deepseek_v3", "gpt_oss", "qwen2_5_vl", "falcon"):
         model = models.base_model(name)
         with pytest.raises(ValueError, match="Self-Extend|self_extend"):
@@ -230,6 +231,14 @@ def test_a_base_that_was_extended_is_on_record(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("settings", [{"group_size": 4, "window": 32}, {"group_size": 1, "window": 7}])
+def test_settings_that_let_the_model_read_no_further_are_refused(settings):
+    with pytest.raises(ValueError, match="extends nothing: the model reads 32 tokens without it.*a window.*, 4 say"):
+        get_peft_model(llama(), SealConfig(self_extend=settings))
+    get_peft_model(llama(), SealConfig(self_extend={"group_size": 2, "window": 30}))
+    get_peft_model(llama(), SealConfig(self_extend={"group_size": 4, "window": 32}, rope_parameters=YARN))
 
 
 def test_a_base_under_it_takes_no_rope_that_depends_on_the_length():

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from .probe import RotaryLayer, check_frequencies, rotary_layers
-from .rope import AppliedRope, apply_rope, read_rope, resolve_rope
-from .self_extend import AppliedSelfExtend, check_settings, read_self_extend
+from .rope import AppliedRope, apply_rope, reach_of, read_rope, resolve_rope
+from .self_extend import AppliedSelfExtend, check_settings, extended_window, read_self_extend
 
 _BASE = "__base__"  # PEFT's name for rows of a batch without an adapter
 
@@ -97,6 +97,8 @@ class PositionSwitch:
         wanted = Request(rope, None if self_extend is None else check_settings(self_extend))
         if wanted != self._current:
             self._restore(self._apply(wanted))
+        if wanted.self_extend is not None:
+            _check_gain(wanted.self_extend, reach_of(rope or self.own[0]))
         return wanted
 
     def add(self, name: str, request: Request | None, users: Iterable[Any]) -> None:
@@ -219,3 +221,13 @@ class PositionSwitch:
                 f"The active adapter needs self_extend={self._current.self_extend}, but the attention of this model "
                 "was set to something else. Leave `set_attn_implementation` alone while the adapter is in use."
             )
+
+
+def _check_gain(settings: dict[str, int], native: int) -> None:
+    """Refuse a Self-Extend that does nothing: its window is never left, or its groups are of one."""
+    if extended_window(native, settings) <= native:
+        raise ValueError(
+            f"self_extend={settings} extends nothing: the model reads {native} tokens without it and no more with it. "
+            f"Use a window well below that, {max(1, native // 8)} say, and a group_size of at least 2; "
+            "`seal-peft advise` says which reach a length."
+        )
