@@ -180,6 +180,16 @@ def test_models_that_read_images_are_advised_what_they_take(name):
 def test_a_length_that_the_model_reaches_needs_nothing():
     (advice,) = advise(models.llama().config, 128)
     assert (advice.method, advice.settings, advice.reach) == ("none", {}, 128)
+    assert advice.note == "within the model's own window"
+
+
+def test_a_raised_base_tells_its_window_and_not_how_far_it_was_advised():
+    model = models.llama()
+    ntk = by_method(model.config, 256)["ntk"]
+    apply_rope(model, ntk.settings["rope_parameters"])
+    (advice,) = advise(model.config, window_of(model.config))
+    assert (advice.reach, advice.note) == (window_of(model.config), "within the model's own window")
+    assert ntk.reach < advice.reach
 
 
 def test_a_length_that_no_factor_reaches_gets_no_factor():

@@ -92,7 +92,7 @@ def test_data_advice_and_heads_go_by_what_it_reaches(
 ) -> None:
     model = ["--model_name_or_path", house / "merged"]
     assert seal("advise", *model, "--length", REACHED) == 0
-    assert f"| none | {REACHED:,} |" in capsys.readouterr().out
+    assert f"| none | {REACHED:,} |  | by the Self-Extend that its config notes |" in capsys.readouterr().out
     assert seal("advise", *model, "--length", REACHED + 1) == 0
     assert "| yarn |" in capsys.readouterr().out
     data = ["make-data", *model, "--num_samples", 1, "--output_file", tmp_path / "data.jsonl"]
