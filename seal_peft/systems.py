@@ -210,5 +210,6 @@ def check_system(system: System, longest: int, beyond: bool) -> int | None:
     try:
         check_window(config, longest, window, beyond)
     except ValueError as error:
-        raise ValueError(f"System {system.name!r}: {error}") from error
+        hint = " Other systems are evaluated without it by --skip_base." if system.name == BASE else ""
+        raise ValueError(f"System {system.name!r}: {error}{hint}") from error
     return window
