@@ -348,6 +348,8 @@ def test_beside_lora_it_is_saved_loaded_and_switched(tmp_path):
     model.save_pretrained(tmp_path)
     loaded = seal_peft.load_adapters(llama(), {"style": tmp_path / "style", "long": tmp_path / "long"})
     assert torch.equal(logits(loaded), expected)
+    loaded.set_adapter("style")  # leaves the other method alone
+    assert torch.equal(logits(loaded), expected)
     seal_peft.activate(loaded, ["style"])
     assert torch.equal(logits(loaded), plain)
     seal_peft.activate(loaded, ["style", "long"])
