@@ -6,9 +6,10 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
-from .context.rope import read_rope
+from .context.rope import reach_of, read_rope
 from .context.self_extend import check_settings, extended_window, read_self_extend
 from .data import window_of
+from .tuner import SealConfig
 
 
 def reach(model: Any) -> int | None:
@@ -37,36 +38,47 @@ def reach_of_folder(model_config: PretrainedConfig) -> int | None:
 
 
 def idle_extensions(model: Any, longest: int) -> list[str]:
-    """Say what an adapter brings to read further that changes nothing for texts of up to a length.
+    """Say which settings that an adapter brings to read further are of no use in training on texts of some length.
 
     Args:
         model: A model with an adapter.
         longest: Tokens of the longest text.
 
     Returns:
-        A sentence for each, with what to do about it.
+        A sentence for each, with what to do about it. What the base has by itself is not meant.
     """
-    configs = getattr(model, "peft_config", {}).values()
     settings, rope, found = read_self_extend(model), read_rope(model), []
-    own = any(getattr(config, "self_extend", None) for config in configs)  # what a base has is nobody's mistake here
-    if settings is not None and own and longest <= settings["window"]:
-        found.append(
-            f"Self-Extend is never in force in this training: the longest sample has {longest} tokens, and its window "
-            f"is {settings['window']}. Train on longer samples, or give a smaller window."
-        )
-    kinds = {kind for config in configs for kind in _kinds(getattr(config, "rope_parameters", None) or {})}
-    if rope is not None and kinds == {"dynamic"} and longest <= (native := rope["max_position_embeddings"]):
-        found.append(
-            f"rope_type 'dynamic' is never in force in this training: the longest sample has {longest} tokens, and up "
-            f"to {native} it changes nothing. Train on longer samples, or choose another rope_type."
-        )
+    for config in _active_configs(model):
+        if config.self_extend is not None and settings is not None and longest <= settings["window"]:
+            found.append(
+                f"Self-Extend is never in force in this training: the longest sample has {longest} tokens, and its "
+                f"window is {settings['window']}. Train on longer samples, or give a smaller window."
+            )
+        if config.rope_parameters is None or rope is None or config.base_rope is None:
+            continue
+        asked = [value for value in config.rope_parameters.values() if isinstance(value, dict)]
+        asked = asked or [config.rope_parameters]
+        kinds = {one.get("rope_type", one.get("type")) for one in asked}
+        if kinds == {"dynamic"} and longest <= (native := rope["max_position_embeddings"]):
+            found.append(
+                f"rope_type 'dynamic' is never in force in this training: the longest sample has {longest} tokens, "
+                f"and up to {native} it changes nothing. Train on longer samples, or choose another rope_type."
+            )
+        if any((one.get("factor") or 1) > 1 for one in asked) and reach_of(rope) <= reach_of(config.base_rope):
+            found.append(
+                f"rope_parameters={config.rope_parameters} bring no longer window: the model reads {reach_of(rope)} "
+                "tokens. Give a larger factor, or leave original_max_position_embeddings out; `seal-peft advise` says "
+                "which settings reach a length."
+            )
     return found
 
 
-def _kinds(rope_parameters: dict[str, Any]) -> list[Any]:
-    """The types asked for, one a type of layers where they are given so."""
-    each = [value for value in rope_parameters.values() if isinstance(value, dict)] or [rope_parameters]
-    return [parameters.get("rope_type", parameters.get("type")) for parameters in each]
+def _active_configs(model: Any) -> list[SealConfig]:
+    if not getattr(model, "peft_config", None):
+        return []
+    active = model.active_adapters
+    names = active() if callable(active) else active  # a method of transformers' models
+    return [config for name in names if isinstance(config := model.peft_config[name], SealConfig)]
 
 
 def _extended(window: int | None, settings: dict[str, int] | None) -> int | None:

@@ -45,10 +45,38 @@ def test_a_dynamic_type_below_the_native_length_is_warned_about(name: str, caplo
     assert not warnings_for(caplog, short, rope_parameters={name: "dynamic", "factor": 2.0})
 
 
+def test_a_factor_that_brings_no_longer_window_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    yarn = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": NATIVE // 4}
+    (told,) = warnings_for(caplog, rope_parameters=yarn)
+    assert f"bring no longer window: the model reads {NATIVE} tokens" in told
+    assert not warnings_for(caplog, rope_parameters={**yarn, "factor": 8.0})
+
+
+def test_only_the_adapter_that_trains_is_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tokenizers_.bpe(tokenizers_.CHATML)
+    model = get_peft_model(models.llama(max_position_embeddings=NATIVE), SealConfig())
+    model.add_adapter("far", SealConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}))
+    with caplog.at_level(logging.WARNING, "seal_peft"):
+        training_rows(some_samples("train"), tokenizer, model)
+        assert not caplog.records
+        model.set_adapter("far")
+        training_rows(some_samples("train"), tokenizer, model)
+    assert "'dynamic' is never in force" in caplog.text
+
+
+def test_transformers_own_adapters_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    model = models.llama(max_position_embeddings=NATIVE)
+    model.add_adapter(SealConfig(self_extend={"group_size": 4, "window": 400}))
+    with caplog.at_level(logging.WARNING, "seal_peft"):
+        training_rows(some_samples("train"), tokenizers_.bpe(tokenizers_.CHATML), model)
+    assert "Self-Extend is never in force" in caplog.text
+
+
 def test_what_changes_short_texts_too_is_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
     assert not warnings_for(caplog)
-    for kind in ("linear", "ntk", "yarn"):
-        assert not warnings_for(caplog, rope_parameters={"rope_type": kind, "factor": 2.0})
+    for rope in ({"rope_type": kind, "factor": 2.0} for kind in ("linear", "ntk", "yarn")):
+        assert not warnings_for(caplog, rope_parameters=rope)
+    assert not warnings_for(caplog, rope_parameters={"rope_theta": 20000.0})
 
 
 def test_what_the_base_has_by_itself_is_not_warned_about(caplog: pytest.LogCaptureFixture) -> None:
