@@ -6,21 +6,25 @@ A figure stands between a comment with a Jinja template over one results file, a
 
 A template of one line is a piece of a sentence; one of several lines is a block, such as a table. Names are those of
 the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`, and
-`report` is `seal_peft.report`, which makes tables of metrics, `sites` makes those of benchmarks/sites.py. Where a file
-is not there yet, the page says so. In the pages of `STRICT` nothing that looks like a measurement, a number with
-decimals or with a unit, stands anywhere else.
+`report` is `seal_peft.report`, which makes tables of metrics, `sites` makes those of benchmarks/sites.py, `picture`
+shows what was drawn with the file. Where a file is not there yet, the page says so. In the pages of `STRICT` nothing
+that looks like a measurement, a number with decimals or with a unit, stands anywhere else.
 
-    python results/render.py          # make results: write the figures into the pages
+    python results/render.py          # make results: write the figures into the pages, copy pictures to docs/images
     python results/render.py --check  # make results-check: change nothing, fail where a page says something else
 """
 
 from __future__ import annotations
 
 import argparse
+import filecmp
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +34,21 @@ from seal_peft import report
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-STRICT = ("README.md", "docs/results.md", "docs/heads.md")
+STRICT = ("README.md", "docs/results.md", "docs/heads.md", "docs/reproduce.md")
 
 MARK = re.compile(r"<!-- (results/[\w.-]+\.json):(.*?)-->(.*?)<!-- end -->", re.DOTALL)
 MISSING = "Not measured yet."
-# What is no statement of ours: code, where links lead, comments, the numbers of papers.
-NOT_TEXT = re.compile(r"^```.*?^```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+", re.DOTALL | re.MULTILINE)
-UNIT = r"%|ms|s|seconds|minutes|min|[KMG]i?B|bytes|nats|points|times|tokens/s"
+# What is no statement of ours: code, where links lead, comments, and what the paper has, in a paragraph that says so.
+NOT_TEXT = re.compile(
+    r"^```.*?^```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+|^(?:Paper|Reported)\b.*?\n$", re.DOTALL | re.MULTILINE
+)
+UNIT = r"%|x(?! ?\d)|ms|s|seconds?|min|minutes?|h|hours?|days?|[KMGT]i?B|bytes|nats|points?|times|tokens/s"
+UNIT += r"|[KMGT]?FLOPs?(?:/s)?"
+NUMBER = r"(?<![\w.,=<>-])[+-]?\d[\d,]*"
 # A number that is part of a name, such as the one of Llama-3.1-8B or of a version, is no figure.
-FIGURE = re.compile(rf"(?<![\w.,=<>-])[+-]?\d[\d,]*(?:(?:\.\d+)+(?:e-?\d+)?(?![\w-])|(?= ?(?:{UNIT})(?![\w/])))")
+FIGURE = re.compile(
+    rf"{NUMBER}(?:(?:\.\d+)*(?:e-?\d+)? ?(?:{UNIT})(?![\w/])|(?:\.\d+)+(?:e-?\d+)?(?!\w|-[^\W\d])| of (?:the )?\d)"
+)
 
 
 def sites(own: dict[str, Any]) -> str:
@@ -57,14 +67,27 @@ def interval(value: dict[str, float]) -> str:
     return f"({value['low']:.2f} to {value['high']:.2f})"
 
 
-def environment() -> Environment:
-    """Make what templates are rendered with."""
+def picture(name: str, text: str, copies: bool) -> str:
+    """Show a picture of results/ in a page of docs/, which mkdocs lets show only what is in docs/: a copy."""
+    source, copy = ROOT / "results" / name, ROOT / "docs" / "images" / name.replace("/", "-")
+    if copies and source.is_file():
+        shutil.copyfile(source, copy)
+    if not copy.is_file() or (source.is_file() and not filecmp.cmp(source, copy, shallow=False)):
+        raise ValueError(
+            f"docs/images/{copy.name} is not a copy of results/{name}: where that is, `make results` makes it"
+        )
+    return f"![{text}](images/{copy.name})"
+
+
+def environment(copies: bool = False) -> Environment:
+    """Make what templates are rendered with; pictures are copied into docs/ if it is asked for."""
     made = Environment(undefined=StrictUndefined, autoescape=False)
     made.filters["fixed"] = lambda value, digits=0: f"{value:,.{digits}f}"
     made.filters["signed"] = lambda value, digits=0: f"{value:+,.{digits}f}"
     made.filters["interval"] = interval
     made.globals["report"] = report
     made.globals["sites"] = sites
+    made.globals["picture"] = partial(picture, copies=copies)
     return made
 
 
@@ -126,13 +149,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing")
     options = parser.parse_args()
-    jinja = environment()
+    jinja = environment(copies=not options.check)
     found, files = [], []
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         if not options.check:
-            page = rendered(page, jinja)
-            path.write_text(page, encoding="utf-8")
+            with suppress(ValueError):  # the page stays, and `problems` says why
+                page = rendered(page, jinja)
+                path.write_text(page, encoding="utf-8")
         found += problems(path.relative_to(ROOT).as_posix(), page, jinja)
         files += [mark[1] for mark in MARK.finditer(page)]
     if found:

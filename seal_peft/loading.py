@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterator
@@ -17,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from .assets import public_id, resolve_model
 from .context.self_extend import apply_self_extend, check_settings
-from .tuner import load_adapters
+from .tuner import activate, load_adapters
 from .tuner.reading import not_found, read_adapter
 
 logger = logging.getLogger(__name__)
@@ -29,6 +28,20 @@ DTYPE_HELP = "auto: bfloat16 where the hardware computes in it, else float32."
 def pick_device() -> torch.device:
     """Return the GPU if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def check_one_gpu(gpus: int) -> None:
+    """Refuse a Trainer that has several GPUs in one process: its DataParallel makes batches as many times larger.
+
+    Raises:
+        ValueError: There are several.
+    """
+    if gpus > 1:
+        raise ValueError(
+            f"This process sees {gpus} GPUs, and transformers would split batches {gpus} times as large over them "
+            "(DataParallel). Set CUDA_VISIBLE_DEVICES=0 to train on one, or start a process for each: "
+            f"`accelerate launch --multi_gpu --num_processes {gpus} -m seal_peft train ...`."
+        )
 
 
 def pick_dtype(name: str) -> torch.dtype:
@@ -121,17 +134,19 @@ def load_model(model_name_or_path: str, dtype: str = "auto", attn_implementation
     return _as_noted(model.to(pick_device()))
 
 
-def load_skeleton(model_config: Any) -> Any:
-    """Build what `load_model` would load without its weights, on the meta device.
+def load_skeleton(model_name_or_path: str) -> Any:
+    """Build what `load_model` loads without its weights, on the meta device.
 
     Args:
-        model_config: As `load_config` gives it; it is left as it is.
+        model_name_or_path: Hub id, local folder, or `smollm2`.
 
     Raises:
-        ValueError: The config notes a Self-Extend that the model does not take.
+        OSError: As `load_config`.
+        ValueError: As `load_config`, or the config notes a Self-Extend that the model does not take.
     """
+    config = load_config(model_name_or_path)
     with torch.device("meta"):
-        return _as_noted(AutoModelForCausalLM.from_config(copy.deepcopy(model_config)))
+        return _as_noted(AutoModelForCausalLM.from_config(config))
 
 
 def _as_noted(model: Any) -> Any:
@@ -159,7 +174,7 @@ def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:
         ValueError: There is no adapter, its files are broken, or it was made for a model of other shapes or modules.
     """
     config = read_adapter(path)
-    skeleton = load_skeleton(load_config(model_name_or_path))
+    skeleton = load_skeleton(model_name_or_path)
     try:
         if config.is_prompt_learning:
             _check_prompt(config, skeleton)
@@ -208,13 +223,14 @@ def load_adapter(model: Any, *paths: str) -> PeftModel:
 
     Raises:
         ValueError: A part of an adapter has no place in the model, or a place in the model has no part; or there are
-            several, and none is SEAL's.
+            several, and none is SEAL's, or they ask for different RoPE or Self-Extend.
     """
     if len(paths) == 1:
         return _wrap(model, *paths).eval()
     adapters = {f"part{number}": path for number, path in enumerate(paths)}
     with _missing_refused():
         adapted = load_adapters(model, adapters)
+    activate(adapted, adapters, inference_mode=True)  # or refuse what cannot compute together
     for name, path in adapters.items():
         _refuse_unknown(adapted, path, name)
     return adapted.eval()

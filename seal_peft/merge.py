@@ -18,8 +18,10 @@ from typing import Any, Literal, NamedTuple, get_args
 
 from peft.config import PeftConfig
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from .card import write_card
+from .data import window_of
 from .files import read_json, write_json
 from .folders import REST, check_place
 from .loading import base_of_adapter, check_adapter, load_adapter, load_config, load_model, load_tokenizer
@@ -102,6 +104,8 @@ def merge(arguments: MergeArguments) -> Path:
     model = load_adapter(load_model(base, arguments.dtype), *adapters)
     apart = _take_out(model, rest.sites) if rest else None
     merged = model.merge_and_unload(progressbar=True, safe_merge=True)
+    if any(getattr(config, "rope_parameters", None) for config in configs):
+        _raise_limit(tokenizer, window_of(merged.config))
     with _appearing(target) as folder:
         merged.save_pretrained(folder)
         if not add_older_form(folder, merged.config):
@@ -119,6 +123,11 @@ def merge(arguments: MergeArguments) -> Path:
             *(", ".join(rest.sites), target / REST),
         )
     return target
+
+
+def _raise_limit(tokenizer: PreTrainedTokenizerBase, window: int | None) -> None:
+    """Raise the length at which a tokenizer truncates, the base model's, to the window of the extended model."""
+    tokenizer.model_max_length = max(tokenizer.model_max_length, window or 0)
 
 
 class _Rest(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 
+from .assets import smollm2_package
 from .files import replacing
 
 # What `from_pretrained` reads. A fingerprint covers the tokenizer by the prompts themselves.
@@ -106,8 +107,9 @@ def identity(name_or_path: str) -> list[Any]:
     """Tell one version of a model or adapter from the next.
 
     Args:
-        name_or_path: A folder: small files count by their bytes, large ones by size and time. A Hub id counts by the
-            commit that was downloaded.
+        name_or_path: A folder: small files count by their bytes, large ones by size and time; those of the converted
+            SmolLM2 by its package, so that answers stay valid on a machine that converted it anew. A Hub id counts
+            by the commit that was downloaded.
     """
     folder = Path(name_or_path)
     if folder.is_dir():
@@ -121,4 +123,6 @@ def _content(file: Path) -> list[Any]:
     status = file.stat()
     if status.st_size < _SMALL:
         return [hashlib.sha256(file.read_bytes()).hexdigest()]
+    if smollm2_package(str(file.parent)):
+        return [status.st_size, file.parents[1].name]  # the versions of package and conversion
     return [status.st_size, status.st_mtime_ns]

@@ -26,7 +26,7 @@ from .data import prompt_hash, read_samples, trained_prompts
 from .dataset import training_rows
 from .files import alone_in, write_json
 from .folders import check_output_folder
-from .loading import DTYPE_HELP, Dtype, load_config, load_model, load_skeleton, load_tokenizer, pick_dtype
+from .loading import DTYPE_HELP, Dtype, check_one_gpu, load_model, load_skeleton, load_tokenizer, pick_dtype
 from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
@@ -179,14 +179,15 @@ def train(
     Raises:
         ValueError: Bad rows, samples of the test split or longer than the model's window, two memory settings, an
             adapter to start from that does not fit, a finished adapter, an unfinished training with other settings,
-            or files of another stage in the output folder; raised before the model is loaded. Another process trains
-            into the folder.
+            files of another stage in the output folder, or several GPUs for one process; raised before the model is
+            loaded. Another process trains into the folder.
     """
     if arguments.memory is not None and training_arguments.activation_checkpointing:
         raise ValueError(
             f"--memory {arguments.memory} and --activation_checkpointing both say what is kept for the backward pass: "
             "give one of them."
         )
+    check_one_gpu(training_arguments.n_gpu)
     if arguments.granularity is None:
         arguments = replace(arguments, granularity="channel" if "output" in arguments.sites else "head")
     samples = read_samples(arguments.train_file)
@@ -197,9 +198,9 @@ def train(
     settings = settings_of(asdict(arguments), training_arguments, other)
     find = partial(find_checkpoint, output_dir, settings, arguments.overwrite_output_dir)
     checkpoint = find(training_arguments.resume_from_checkpoint)
-    model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
     with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
-        adapted = get_peft_model(load_skeleton(model_config), copy.deepcopy(config))
+        adapted = get_peft_model(load_skeleton(arguments.model_name_or_path), copy.deepcopy(config))
+    tokenizer = load_tokenizer(arguments.model_name_or_path)
     if arguments.init_adapter is not None:
         _check_same_sites(arguments.init_adapter, config)
         hotswap_adapter(adapted, arguments.init_adapter)

@@ -29,6 +29,7 @@ from lora_pairs import (
     second,
 )
 from models import INPUT_IDS, adapted, base_model, draw_scales, logits, seal_layers
+from rope_models import NTK
 from seal_peft import SealConfig, scales
 
 pytestmark = merged_more_than_once
@@ -211,6 +212,33 @@ def test_add_beside_says_what_it_cannot_add():
     with pytest.raises(ValueError, match="The model is made for PROMPT_TUNING"):
         seal_peft.add_beside(prompted, SealConfig(), "heads")
     assert prompted.active_adapters == ["soft"]
+
+
+@pytest.mark.parametrize(
+    ("first", "wrong", "right"),
+    [
+        (lora_config(), SealConfig(rope_parameters={"factor": 0.5}), SealConfig(rope_parameters=NTK)),
+        (lora_config(), SealConfig(target_modules=["no"]), SealConfig()),
+        (SealConfig(), LoraConfig(target_modules=["no"]), lora_config()),
+        (SealConfig(), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3), lora_config()),
+        # It is on q_proj already when o_proj refuses it.
+        (SealConfig(), LoraConfig(target_modules=["q_proj"], target_parameters=["o_proj.weight"]), lora_config()),
+    ],
+    ids=["extension", "seal", "lora", "prompt", "half of a lora"],
+)
+def test_an_adapter_that_cannot_be_added_is_not_there_and_its_name_is_free(first, wrong, right, tmp_path):
+    model = get_peft_model(base_model("llama"), first, "old")
+    before = logits(model)
+    with pytest.raises(ValueError):
+        seal_peft.add_beside(model, wrong, "new")
+    assert list(model.peft_config) == model.active_adapters == ["old"]
+    assert torch.equal(logits(model), before)
+    assert not any(".new." in name for name in model.state_dict())
+    with pytest.raises(ValueError, match="new"):
+        model.set_adapter("new")
+    model.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.rglob("adapter_config.json")] == ["adapter_config.json"]
+    assert sorted(seal_peft.add_beside(model, right, "new").active_adapters) == ["new", "old"]
 
 
 def test_one_name_where_a_list_is_wanted_is_said():

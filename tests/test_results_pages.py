@@ -28,7 +28,11 @@ def test_one_changed_digit_of_a_figure_is_found(name):
         assert problem.startswith(f"{name}: {mark[1]} has")
 
 
-@pytest.mark.parametrize("figure", ["0.93", "+2%", "17 ms", "1,204 tokens/s", "5.8e-7", "+0.5%"])
+FIGURES = ["0.93", "+2%", "17 ms", "1,204 tokens/s", "5.8e-7", "+0.5%", "3.6x", "5 x faster", "3.6s", "24.1GB"]
+FIGURES += ["690 TFLOP/s", "12 hours", "1.5 h", "0.95-0.99", "98 of 100", "98 of the 100"]
+
+
+@pytest.mark.parametrize("figure", FIGURES)
 def test_a_figure_that_comes_from_no_file_is_found(figure):
     text = f"A page.\n\nIt takes {figure} now."
     (problem,) = render.problems("docs/results.md", text, JINJA)
@@ -36,10 +40,17 @@ def test_a_figure_that_comes_from_no_file_is_found(figure):
 
 
 @pytest.mark.parametrize(
-    "text", ["Llama-3.1-8B", "8,192 tokens", "[arXiv 2501.15225](https://x.org/1.5)", "`lr=0.02`"]
+    "text",
+    ["Llama-3.1-8B", "Phi 3.5-mini", "8,192 tokens", "270 x 16", "[arXiv 2501.15225](https://x.org/1.5)", "`lr=0.02`"],
 )
 def test_names_settings_and_code_are_no_figures(text):
     assert render.problems("docs/results.md", f"It is {text}.", JINJA) == []
+
+
+def test_what_the_paper_has_is_told_apart_by_its_paragraph():
+    page = "A page.\n\nPaper: from 0.32\nto 0.88.\n\nHere it is 0.93.\n"
+    (problem,) = render.problems("docs/reproduce.md", page, JINJA)
+    assert problem.startswith("docs/reproduce.md, line 6: '0.93")
 
 
 @pytest.mark.parametrize(
@@ -54,3 +65,29 @@ def test_names_settings_and_code_are_no_figures(text):
 def test_a_wrong_template_or_place_is_named(mark, complaint):
     (problem,) = render.problems("docs/cli.md", f"A page.\n\n{mark}", JINJA)
     assert complaint in problem
+
+
+def test_a_picture_is_a_copy_in_docs_of_the_one_that_was_drawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    template = '<!-- results/own.json:\n{{ picture("reproduce-own/map.png", "A map") }}\n-->'
+    page = f"A page.\n\n{template}\n\nNot measured yet.\n\n<!-- end -->"
+    assert render.problems("docs/own.md", page, JINJA) == []
+    drawn, copy = tmp_path / "results/reproduce-own/map.png", tmp_path / "docs/images/reproduce-own-map.png"
+    drawn.parent.mkdir(parents=True)
+    copy.parent.mkdir(parents=True)
+    (tmp_path / "results" / "own.json").write_text("{}")
+    complaint = "docs/images/reproduce-own-map.png is not a copy of results/reproduce-own/map.png"
+    writing = render.environment(copies=True)
+    assert complaint in render.problems("docs/own.md", page, writing)[0]  # it is nowhere
+    drawn.write_bytes(b"drawn")
+    assert complaint in render.problems("docs/own.md", page, JINJA)[0]
+    page = render.rendered(page, writing)
+    assert page == f"A page.\n\n{template}\n\n![A map](images/reproduce-own-map.png)\n\n<!-- end -->"
+    assert copy.read_bytes() == b"drawn"
+    assert render.problems("docs/own.md", page, JINJA) == []
+    drawn.write_bytes(b"drawn anew")
+    assert complaint in render.problems("docs/own.md", page, JINJA)[0]
+    drawn.unlink()
+    assert render.problems("docs/own.md", page, JINJA) == []

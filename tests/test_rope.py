@@ -178,7 +178,11 @@ def test_only_the_language_part_of_a_multimodal_model_is_touched():
     ("request_", "words"),
     [
         ({"rope_type": "spiral"}, "'spiral' is not known.*'ntk'"),
-        ({"rope_type": "yarn"}, "factor"),
+        ({"rope_type": "yarn"}, r"'yarn' does not work without \['factor'\].*Add it"),
+        ({"type": "dynamic", "factor": None}, r"'dynamic' does not work without \['factor'\]"),
+        ({"rope_type": "linear"}, r"'linear' does not work without \['factor'\]"),
+        ({"rope_type": "llama3", "factor": 4.0}, r"without \['high_freq_factor', 'low_freq_factor'\]"),
+        ({"rope_type": "longrope", "factor": 4.0}, r"without \['long_factor', 'short_factor'\]"),
         ({"rope_type": "linear", "factor": 0.5}, "factor=0.5 is not allowed"),
         ({"rope_type": "linear", "factor": True}, "factor=True is not allowed"),
         ({"factor": 4.0}, r"'default' does nothing with \['factor'\]. Give another rope_type"),

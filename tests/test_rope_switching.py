@@ -30,6 +30,7 @@ from rope_models import (
 )
 from seal_peft import SealConfig
 from seal_peft.context.rope import read_rope
+from seal_peft.loading import load_adapter
 
 
 def test_disabling_gives_the_base_back_bit_for_bit():
@@ -272,3 +273,22 @@ def test_beside_lora_the_rope_is_that_of_seal():
     assert torch.equal(logits(model), expected)
     model.delete_adapter("default")
     assert torch.equal(logits(model), logits(llama()))
+
+
+@pytest.mark.parametrize("first", ["yarn", "ntk", "plain"])
+def test_adapters_of_several_ropes_load_again_and_those_of_the_first_are_active(first, tmp_path, caplog):
+    model = seal_peft.add_beside(switching(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "style")
+    model.save_pretrained(tmp_path)
+    folders = {name: tmp_path / name for name in sorted(model.peft_config, key=lambda name: name != first)}
+    loaded = seal_peft.load_adapters(llama(), folders)
+    together = [first, "yarn too"] if first == "yarn" else [first]
+    apart = [name for name in folders if name not in [*together, "style"]]
+    assert sorted(loaded.active_adapters) == sorted([*together, "style"])
+    assert f"Adapters {', '.join(apart)} are loaded but not active" in caplog.messages[0]
+    assert ("Adapters yarn, yarn too are all active, so their scales" in caplog.text) == (first == "yarn")
+    for name in ("yarn", "ntk", "plain"):
+        for each in (model, loaded):
+            seal_peft.activate(each, [name, "style"])
+        assert torch.equal(logits(loaded), logits(model))
+    with pytest.raises(ValueError, match="one RoPE at a time"):
+        load_adapter(llama(), str(tmp_path / "yarn"), str(tmp_path / "ntk"))

@@ -3,6 +3,7 @@
 import copy
 import json
 import pickle
+import re
 import warnings
 
 import pytest
@@ -18,6 +19,7 @@ from seal_peft.context.rope import apply_rope, read_rope
 from seal_peft.context.self_extend import apply_self_extend, read_self_extend
 from seal_peft.loading import check_adapter
 from seal_peft.merge import MergeArguments, merge
+from seal_peft.report import ReportArguments, report
 
 IDS = torch.randint(3, 60, (1, 40), generator=torch.Generator().manual_seed(0))
 SETTINGS = {"group_size": 3, "window": 7}
@@ -393,8 +395,28 @@ def test_rows_scales_and_sums_of_adapters_without_scales():
     expected = logits(model)
     model.set_adapter("sum")
     torch.testing.assert_close(logits(model), expected)
-    with pytest.raises(ValueError, match="holds no SEAL adapter named 'long'"):
-        seal_peft.scales(model, "long")
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, folder: seal_peft.scales(model, "long"),
+        lambda model, folder: seal_peft.scales(folder),
+        lambda model, folder: seal_peft.set_strength(model, 0.5, "long"),
+        lambda model, folder: seal_peft.hotswap_adapter(model, folder, "long"),
+        lambda model, folder: seal_peft.export_ia3(model, folder / "ia3", "long"),
+        lambda model, folder: report(ReportArguments(str(folder / "report"), adapter=str(folder))),
+    ],
+    ids=["scales", "scales of a folder", "set_strength", "hotswap_adapter", "export_ia3", "report"],
+)
+@pytest.mark.parametrize(("name", "value"), [("rope_parameters", YARN), ("self_extend", SETTINGS)])
+def test_who_asks_an_extension_alone_for_scales_is_told_what_it_brings(name, value, use, tmp_path):
+    value = dict(sorted(value.items()))  # as it is saved
+    model = get_peft_model(llama(), positions_only(**{name: value}), "long")
+    model.save_pretrained(tmp_path)
+    message = f"is SEAL's but has no scales (sites=()): it brings {name}={value} and"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        use(model, tmp_path / "long")
 
 
 def test_no_site_and_nothing_to_bring_is_refused():

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import signal
 from pathlib import Path
@@ -101,6 +102,43 @@ def test_an_adapter_with_other_sites_is_no_start_and_is_refused_before_the_model
     error = error_of(capsys)
     assert f"given has sites={tuple(given)}, but sites={tuple(asked)} are to be trained. Give --sites as" in error
     assert not (tmp_path / "out").exists()
+
+
+YARN, SAME_YARN = '{"type": "yarn", "factor": 2}', '{"factor": 2.0, "rope_type": "yarn"}'
+
+
+@pytest.mark.parametrize(
+    ("given", "right", "wrong"),
+    [
+        (["--rope_parameters", YARN], ["--rope_parameters", SAME_YARN], []),
+        ([], [], ["--rope_parameters", YARN]),
+        (
+            ["--rope_parameters", YARN, "--self_extend", '{"group_size": 2, "window": 64}'],
+            ["--rope_parameters", SAME_YARN, "--self_extend", '{"window": 64, "group_size": 2}'],
+            ["--rope_parameters", SAME_YARN],
+        ),
+    ],
+    ids=["rope", "none", "both"],
+)
+def test_a_start_has_the_context_extension_that_is_asked_for_in_whatever_words(
+    given: list[str],
+    right: list[str],
+    wrong: list[str],
+    house: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["train", "--model_name_or_path", house / "model", "--train_file", house / "train.jsonl", "--max_steps", 1]
+    words += ["--dtype", "float32", "--disable_tqdm", "true"]
+    assert seal(*words, *given, "--output_dir", tmp_path / "given") == 0
+    words += ["--init_adapter", tmp_path / "given", "--output_dir", tmp_path / "out"]
+    capsys.readouterr()
+    assert seal(*words, *wrong) == 1
+    said = error_of(capsys).partition("(on the command line: ")[2].partition(")")[0]
+    flags = shlex.split(said) if given else []
+    assert given or said == "neither --rope_parameters nor --self_extend"
+    assert seal(*words, *flags) == 0
+    assert seal(*words, *right, "--overwrite_output_dir") == 0
 
 
 @pytest.fixture(scope="module")
@@ -412,6 +450,26 @@ def test_samples_beyond_the_window_are_refused_before_the_model_is_loaded(
     assert "window of this model is 300 tokens" in error
     assert "`seal-peft advise --length" in error
     assert not (tmp_path / "out").exists()
+
+
+def test_two_gpus_for_one_process_are_refused_as_transformers_would_double_every_batch(
+    weightless: Path, house: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    words = [
+        "--model_name_or_path",
+        weightless,
+        "--train_file",
+        house / "train.jsonl",
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    error = refusal(capsys, *words)
+    assert "This process sees 2 GPUs" in error
+    assert "`accelerate launch --multi_gpu --num_processes 2 -m seal_peft train ...`" in error
+    assert not (tmp_path / "out").exists()
+    assert "window of this model is 300 tokens" in refusal(capsys, *words, "--use_cpu")
 
 
 def test_a_plain_trainers_rows_are_checked_against_what_the_model_reads_with_its_adapter(house: Path) -> None:

@@ -68,6 +68,11 @@ def test_a_folder_without_adapters_is_named(tmp_path):
         seal_peft.load_adapters(base_model("llama"), tmp_path)
 
 
+def test_folders_without_names_are_told_how_to_be_named():
+    with pytest.raises(TypeError, match=r"folders=\['a', 'b'\] was given; use a dictionary from names"):
+        seal_peft.load_adapters(base_model("llama"), ["a", "b"])
+
+
 @pytest.mark.parametrize(
     "read",
     [

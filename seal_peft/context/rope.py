@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .rope_state import put_state, sizes_of, state_of
-from .rope_values import MAX, NATIVE, SCALING, check_length, check_request, plain
+from .rope_values import MAX, NATIVE, SCALING, check_complete, check_length, check_request, plain
 
 
 def read_rope(model: nn.Module) -> dict[str, Any] | None:
@@ -217,6 +217,7 @@ def _resolve(
     if "llama_4_scaling_beta" in own:  # attention scales its queries by the native length, whatever turns them
         kept[NATIVE] = native
     resolved = {**kept, **request}
+    check_complete(kind, resolved)
     if kind in ("llama3", "longrope", "yarn"):
         resolved.setdefault(NATIVE, native)
     if kind == "dynamic":

@@ -22,6 +22,12 @@ _TAKES: dict[str, set[str]] = {
 }
 # What one type of scaling brings and another does not want; everything else (base, partial rotation) stays.
 SCALING = {"rope_type", NATIVE}.union(*_TAKES.values())
+# What a type cannot be computed without.
+_NEEDS: dict[str, set[str]] = {
+    **dict.fromkeys(("linear", "dynamic", "yarn"), {"factor"}),
+    "longrope": {"short_factor", "long_factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+}
 _POSITIVE = {"rope_theta", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow"}
 _POSITIVE |= {"low_freq_factor", "high_freq_factor"}
 # The first of each pair must be the smaller; transformers has these where they are left out.
@@ -97,6 +103,19 @@ def check_request(kind: str, request: Mapping[str, Any], own: Mapping[str, Any],
             raise ValueError(
                 f"{low}={both[low]} and {high}={both[high]} are not allowed in rope_parameters: {low} must be smaller."
             )
+
+
+def check_complete(kind: str, resolved: Mapping[str, Any]) -> None:
+    """Refuse a type of RoPE that lacks what neither the request nor the model has.
+
+    Raises:
+        ValueError: Something that the type is computed of is missing.
+    """
+    if missing := sorted(_NEEDS.get(kind, set()) - resolved.keys()):
+        raise ValueError(
+            f"rope_type={kind!r} does not work without {missing}, which rope_parameters leaves out and the model does "
+            'not have. Add it, as in {"rope_type": "yarn", "factor": 4.0}.'
+        )
 
 
 def _is_positive(value: Any) -> bool:

@@ -5,34 +5,19 @@ seal-peft reproduce lines needle --output_dir results
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
-from typing import Any, Literal
+from typing import Literal
 
-from peft import get_peft_model
+import torch
 
-from ..data import make_samples, read_samples, write_samples
-from ..evaluate import EvaluateArguments, evaluate
 from ..files import read_json, write_json
 from ..folders import check_place
-from ..heads.stage import HeadsArguments, heads
-from ..loading import load_model, load_tokenizer
 from ..plots import new_figure
-from ..predictions import fingerprint
-from ..provenance import provenance
-from ..report import ReportArguments, length_rows, markdown_table, report
-from ..statistics import summarise
-from ..systems import BASE
-from ..train import RECIPES, SealTrainingArguments, TrainArguments, train
-from ..tuner import SealConfig, save_adapter
-from .parts import PARTS, QUADRANTS, RATES, Data, Part, Training, shrunk
-from .pictures import draw_grid, draw_transfer
-from .share import make_all
+from ..report import length_rows, markdown_table
+from ..train import RECIPES
+from .parts import PARTS, shrunk
+from .run import Run
 
 
 @dataclass
@@ -59,8 +44,14 @@ class ReproduceArguments:
     size: Literal["full", "tiny"] = field(
         default="full", metadata={"help": "tiny: only to see that everything runs; its scores mean nothing."}
     )
+    samples_only: bool = field(
+        default=False,
+        metadata={
+            "help": "Make the samples and stop: work for a machine without a GPU, whose work folder then moves."
+        },
+    )
     per_device_eval_batch_size: int = field(
-        default=8, metadata={"help": "Prompts of up to 8,192 tokens generated together; longer ones are fewer."}
+        default=8, metadata={"help": "Prompts of 8,192 tokens generated together; of other lengths, as many tokens."}
     )
 
 
@@ -68,28 +59,39 @@ def reproduce(arguments: ReproduceArguments) -> str:
     """Do parts of the paper, one after the other.
 
     Called again, it goes on where it was interrupted. Several processes with the same words share the work: each
-    sample file, training and system is one process's at a time.
+    sample file, training, score of the heads and system is one process's at a time.
 
     Args:
         arguments: See `ReproduceArguments`.
 
     Returns:
-        A table of scores by length for each part.
+        A table of scores by length for each part, or what was made if it is the samples only.
 
     Raises:
-        ValueError: There is no such part, or the work folder holds work of another model or size.
+        ValueError: There is no such part, the process sees several GPUs, or the work folder holds work of another
+            model or size.
         ImportError: matplotlib is missing.
     """
     new_figure(1, 1)  # asked first: pictures come last
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}. The parts: {', '.join(PARTS)}.")
+    if (gpus := torch.cuda.device_count()) > 1 and not arguments.samples_only:
+        raise ValueError(
+            f"This process sees {gpus} GPUs and uses one. Start one or more for each GPU, which share the work: "
+            f"`CUDA_VISIBLE_DEVICES=0 seal-peft reproduce ... &` and so on to {gpus - 1}."
+        )
     check_place(Path(arguments.output_dir))
     check_place(Path(arguments.work_dir))
     _claim_folder(arguments)
     shown = []
     for name in arguments.parts:
         part = PARTS[name] if arguments.size == "full" else shrunk(PARTS[name])
-        metrics = _Run(name, part, arguments).finish()
+        run = Run(name, part, arguments)
+        run.make_samples()
+        if arguments.samples_only:
+            shown.append(f"{name}: the samples are in {run.work / 'data'}.")
+            continue
+        metrics = run.finish()
         shown.append(f"{name}: {part.about}\n\n{markdown_table(length_rows(metrics))}")
     return "\n\n".join(shown)
 
@@ -103,202 +105,3 @@ def _claim_folder(arguments: ReproduceArguments) -> None:
     before = read_json(path)
     if before != settings:
         raise ValueError(f"{path.parent} holds work with {before}, not {settings}. Choose another --work_dir.")
-
-
-class _Run:
-    """One part in the work folder."""
-
-    def __init__(self, name: str, part: Part, arguments: ReproduceArguments) -> None:
-        self.name, self.part, self.arguments = name, part, arguments
-        self.model, self.work = arguments.model_name_or_path, Path(arguments.work_dir)
-        self.seeds = range(part.seeds)
-        # Of other settings nothing is taken over but samples and adapters, which have theirs in their names.
-        self.folder = self.work / name / fingerprint(asdict(part))[:8]
-
-    def finish(self) -> dict[str, Any]:
-        """Make what is missing, and write the results file."""
-        part = self.part
-        trained = [training for training in part.trainings.values() if training.method != "none"]
-        files = {
-            self.samples(t.data, "train", seed): partial(self.make, t.data, "train", seed)
-            for t in trained
-            for seed in self.seeds
-        }
-        files |= {self.samples(part.test, "test"): partial(self.make, part.test, "test", 0)}
-        if part.heads:
-            files |= {self.samples(part.heads, "train", 100): partial(self.make, part.heads, "train", 100)}
-        make_all(files)
-        make_all(
-            {
-                self.adapter(training, seed) / "run.json": partial(self.train, training, seed)
-                for training in part.trainings.values()
-                for seed in self.seeds
-            }
-        )
-        if part.heads:
-            make_all({self.folder / "heads" / "finished.json": partial(self.score_heads, part.heads)})
-        systems = self.systems()
-        make_all(
-            {
-                self.answers(system) / "metrics.json": partial(self.evaluate, self.answers(system), {system: path})
-                for system, path in systems.items()
-            }
-        )
-        folder = self.folder / "result"
-        make_all({folder / "metrics.json": partial(self.write, folder, systems)})
-        output = Path(self.arguments.output_dir)
-        shutil.copytree(folder, output / f"reproduce-{self.name}", ignore=_lock_files, dirs_exist_ok=True)
-        (output / f"reproduce-{self.name}" / "metrics.json").replace(output / f"reproduce-{self.name}.json")
-        return read_json(folder / "metrics.json")
-
-    # -- samples and adapters -----------------------------------------------------------------------------------------
-
-    def samples(self, data: Data, split: str, seed: int = 0) -> Path:
-        """Path of a file of samples."""
-        return self.work / "data" / f"{data.name}-{split}-{seed}.jsonl"
-
-    def make(self, data: Data, split: str, seed: int) -> None:
-        """Make a file of samples."""
-        tokenizer = load_tokenizer(self.model)
-        made = [
-            sample
-            for task in data.tasks
-            for sample in make_samples(
-                task,
-                tokenizer=tokenizer,
-                split=split,
-                lengths=data.lengths,
-                num_samples=data.samples * len(data.depths or [None]),  # it is of a length, over all depths
-                depths=data.depths,
-                questions_per_context=data.questions,
-                seed=seed,
-            )
-        ]
-        write_samples(self.samples(data, split, seed), made)
-
-    def adapter(self, training: Training, seed: int) -> Path:
-        """Folder of an adapter; parts that need the same one share it."""
-        words = [training.method, f"{_rate(training):g}", training.recipe, f"{training.batch}x{training.epochs}"]
-        words += training.extension
-        return self.work / "adapters" / f"{training.data.name}-{'-'.join(words)}-{seed}"
-
-    def train(self, training: Training, seed: int) -> None:
-        """Train an adapter, or save an extension alone."""
-        folder = self.adapter(training, seed)
-        if training.method == "none":
-            config = SealConfig(sites=(), task_type="CAUSAL_LM", **training.extension)
-            save_adapter(get_peft_model(load_model(self.model), config), folder)
-            write_json(folder / "run.json", {"trainable_parameters": 0, **provenance()})
-            return
-        warmup = {"warmup_steps": 10} if training.recipe == "default" else {}  # as where the rates were searched
-        settings = SealTrainingArguments(
-            output_dir=str(folder),
-            seed=seed,
-            **{
-                **RECIPES[training.recipe],
-                **warmup,
-                "gradient_accumulation_steps": training.batch,
-                "learning_rate": _rate(training),
-                "num_train_epochs": training.epochs,
-                # Contexts of 32K tokens do not fit beside other processes otherwise.
-                "activation_checkpointing": bool(training.extension),
-            },
-        )
-        extension: Any = {name: json.dumps(value) for name, value in training.extension.items()}
-        granularity: Any = "head" if training.method == "seal-h" else "channel"
-        file = str(self.samples(training.data, "train", seed))
-        train(TrainArguments(self.model, file, granularity, **extension), settings, training.other_config())
-
-    def score_heads(self, data: Data) -> None:
-        """Score all heads beside the learned scales, and write the adapters of the quadrant test."""
-        folder = self.folder / "heads"
-        (adapter,) = (self.adapter(training, 0) for training in self.part.trainings.values())
-        file = str(self.samples(data, "train", 100))
-        heads(HeadsArguments(self.model, file, str(folder), str(adapter), quadrants=[*QUADRANTS], generate_heads=4))
-        write_json(folder / "finished.json", provenance())
-
-    # -- answers ------------------------------------------------------------------------------------------------------
-
-    def systems(self) -> dict[str, Path | None]:
-        """Adapter folder of everything that answers, by name; of several seeds the name ends in `@SEED`."""
-        found: dict[str, Path | None] = {BASE: None}
-        for name, training in self.part.trainings.items():
-            for seed in self.seeds:
-                found[f"{name}@{seed}" if len(self.seeds) > 1 else name] = self.adapter(training, seed)
-        if self.part.heads:
-            found |= {path.name: path for path in sorted((self.folder / "heads" / "quadrants").iterdir())}
-        return found
-
-    def answers(self, system: str) -> Path:
-        """Folder of one system's answers."""
-        return self.folder / system.replace(" ", "-")
-
-    def evaluate(self, folder: Path, systems: dict[str, Path | None]) -> dict[str, Any]:
-        """Let systems answer, as far as the folder has no answers of theirs."""
-        return evaluate(
-            EvaluateArguments(
-                self.model,
-                str(self.samples(self.part.test, "test")),
-                str(folder),
-                adapters=[f"{name}={path}" for name, path in systems.items() if path],
-                skip_base=BASE not in systems,
-                allow_beyond_window=True,
-                guard=self.part.guard,
-                per_device_eval_batch_size=self.part.test.together(self.arguments.per_device_eval_batch_size),
-            )
-        )
-
-    def write(self, result_folder: Path, systems: dict[str, Path | None]) -> None:
-        """Bring all answers together: results file, report and pictures."""
-        folder = self.folder / "all"
-        folder.mkdir(parents=True, exist_ok=True)
-        together = [(self.answers(system) / "predictions.jsonl").read_text(encoding="utf-8") for system in systems]
-        (folder / "predictions.jsonl").write_text("".join(together), encoding="utf-8")
-        metrics = self.evaluate(folder, systems)  # all is answered, so no model is loaded
-        if len(self.seeds) > 1:
-            metrics = self.over_seeds(metrics, together)
-        records = {
-            name: read_json(self.adapter(t, self.seeds[0]) / "run.json") for name, t in self.part.trainings.items()
-        }
-        keys = ("trainable_parameters", "samples", "tokens", "steps", "seconds", "peak_memory_bytes", "device")
-        result = {
-            "part": self.name,
-            "about": self.part.about,
-            "paper": self.part.paper,
-            "settings": asdict(self.part),
-            "random_seeds": {"trainings and their samples": [*self.seeds], "test samples": 0, "samples of maps": 100},
-            "trainings": {name: {key: run[key] for key in keys if key in run} for name, run in records.items()},
-            **metrics,
-        }
-        if self.part.heads:
-            found = read_json(self.folder / "heads" / "heads.json")
-            result["heads"] = found
-        for name in ("model_name_or_path", "test_file", "output_dir", "adapters"):
-            result["arguments"].pop(name)  # paths of one machine
-        write_json(folder / "metrics.json", result)
-        report(ReportArguments(str(result_folder), str(folder / "metrics.json")))
-        if self.part.matrix:
-            draw = {"grid": draw_grid, "transfer": draw_transfer}[self.part.matrix]
-            draw(result, result_folder / f"{self.part.matrix}.png")
-        write_json(result_folder / "metrics.json", result)
-
-    def over_seeds(self, metrics: dict[str, Any], together: list[str]) -> dict[str, Any]:
-        """Replace the results of single seeds by means over them.
-
-        A sample's score is its mean over seeds, so the interval is one over samples: seeds answer the same ones.
-        """
-        scores: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-        for line in "".join(together).splitlines():
-            row = json.loads(line)
-            scores[row["system"].partition("@")[0]][row["id"]].append(row["score"])
-        samples = read_samples(self.samples(self.part.test, "test"))
-        by_sample = {name: [mean(own[sample.id]) for sample in samples] for name, own in scores.items()}
-        windows = {name.partition("@")[0]: window for name, window in metrics["windows"].items()}
-        return {**metrics, "seeds": metrics["systems"], "windows": windows, **summarise(samples, by_sample, BASE)}
-
-
-_lock_files = shutil.ignore_patterns(".*.lock")
-
-
-def _rate(training: Training) -> float:
-    return training.rate or RATES.get(training.method, 0.0)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from peft.utils.other import _set_adapter as set_on_modules_to_save
 from torch import nn
 
 from .config import SealConfig
+from .positions import asking_otherwise
 from .reading import read_adapter
 
 if TYPE_CHECKING:
@@ -57,7 +59,8 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
 
     Raises:
         TypeError: The model is no PEFT model yet, or the config is not one of PEFT's.
-        ValueError: The name is taken, the model has adapters of the config's method only, or of prompt learning.
+        ValueError: The name is taken, the model has adapters of the config's method only, or of prompt learning, or
+            PEFT cannot add the adapter. The model has its old adapters then, and no other.
 
     Example:
         ```python
@@ -83,23 +86,23 @@ def add_beside(model: PeftModel, config: PeftConfig, adapter_name: str) -> PeftM
             f"The model is made for {old}, which has no layers that SEAL could stand beside. Only methods that put "
             "modules into the model go together with SEAL."
         )
+    if not isinstance(config, SealConfig) and old != "SEAL":
+        raise ValueError(f"Neither the model ({old}) nor the new adapter ({new}) is SEAL's. Add SEAL first.")
     inner: Any = model.get_base_model()
     driver: Any = model.base_model
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _all_or_nothing(model, config, adapter_name):
         for message in _EXPECTED_WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         if isinstance(config, SealConfig):
             config.task_type = config.task_type or model.active_peft_config.task_type
             model = get_peft_model(inner, config, adapter_name)
-        elif old == "SEAL":
+        else:
             config.base_model_name_or_path = inner.__dict__.get("name_or_path") or None
             inject_adapter_in_model(config, inner, adapter_name)
             driver._cast_adapter_dtype(adapter_name)
             for name in [name for name, known in model.peft_config.items() if isinstance(known, SealConfig)]:
                 # Saved last, when all that its card tells of is there.
                 model.peft_config[name] = model.peft_config.pop(name)
-        else:
-            raise ValueError(f"Neither the model ({old}) nor the new adapter ({new}) is SEAL's. Add SEAL first.")
     _sync(model.base_model)
     return model
 
@@ -109,7 +112,7 @@ def load_adapters(
     folders: Mapping[str, str | os.PathLike[str]] | str | os.PathLike[str],
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Load SEAL and LoRA adapters that belong together, all active.
+    """Load SEAL and LoRA adapters that belong together, all active that can be.
 
     Args:
         base_model: The model that the adapters were trained on; it is modified in place.
@@ -118,9 +121,12 @@ def load_adapters(
         is_trainable: Whether all of them go on training. `False` freezes them.
 
     Returns:
-        A PEFT model with every adapter active. `save_pretrained` on it writes one folder per adapter.
+        A PEFT model with every adapter active. Of SEAL adapters that ask for different RoPE or Self-Extend, those are
+        active that ask for what the first one does; a warning names the others. `save_pretrained` on it writes one
+        folder per adapter.
 
     Raises:
+        TypeError: Folders without names were given.
         ValueError: A folder or Hub id is no adapter, none is a SEAL adapter, or a file is broken.
 
     Example:
@@ -145,12 +151,20 @@ def load_adapters(
             configs[name].inference_mode = not is_trainable
             model = add_beside(model, configs[name], name)
         model.load_adapter(paths[name], name, is_trainable=is_trainable)
-    activate(model, names, inference_mode=not is_trainable)
-    if len(scaled := [name for name in names if isinstance(configs[name], SealConfig)]) > 1:
+    scaled = [name for name in names if isinstance(configs[name], SealConfig)]
+    apart = asking_otherwise(model, scaled)
+    activate(model, [name for name in names if name not in apart], inference_mode=not is_trainable)
+    if apart:
+        logger.warning(
+            "Adapters %s are loaded but not active: they ask for another RoPE or Self-Extend than %s. Choose with "
+            "`seal_peft.activate(model, [...])`.",
+            *(", ".join(apart), scaled[0]),
+        )
+    if len(multiplied := [name for name in scaled if name not in apart]) > 1:
         logger.warning(
             "Adapters %s are all active, so their scales multiply. Which were active when they were saved is not on "
             "record: choose with `seal_peft.activate(model, [...])`.",
-            ", ".join(scaled),
+            ", ".join(multiplied),
         )
     return model
 
@@ -188,8 +202,27 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
             model.active_adapter = names[0]
 
 
+@contextmanager
+def _all_or_nothing(model: PeftModel, config: PeftConfig, adapter_name: str) -> Iterator[None]:
+    """Take a new adapter back if adding it fails, in modules that were reached before, too; PEFT would leave it."""
+    try:
+        yield
+    except BaseException:
+        model.peft_config.pop(adapter_name, None)
+        layer_class = getattr(_tuner_class(config), "tuner_layer_cls", ())  # prompts have no layers
+        for layer in model.modules():
+            if isinstance(layer, layer_class):
+                layer.delete_adapter(adapter_name)
+        raise
+
+
 def _folders_in(folder: str | os.PathLike[str]) -> dict[str, str]:
     """Find what PEFT wrote for a model with several adapters: "default" in the folder itself, others one below."""
+    if not isinstance(folder, str | os.PathLike):
+        raise TypeError(
+            f"folders={folder!r} was given; use a dictionary from names of your choice to the folders or Hub ids of "
+            'the adapters, {"heads": "runs/heads", ...}, or the one folder that holds all of them.'
+        )
     below = [path.parent for path in sorted(Path(folder).glob(f"*/{CONFIG_NAME}"))]
     # The adapter that PEFT calls "default" lies in a Trainer's checkpoints, too, as it was earlier in the training.
     found = {path.name: str(path) for path in below if not (path / _TRAINER_STATE).is_file()}

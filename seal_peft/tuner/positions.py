@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from .layer import SealLayer
 
 # These two measure by `max_position_embeddings`; for all other types it is no more than a note.
 _MEASURED_BY_LENGTH = ("dynamic", "longrope")
+_BASE = "as the base model has it"
 
 
 def wanted(rope: Any, config: PeftConfig, model: nn.Module) -> Any:
@@ -124,6 +126,12 @@ def unloading(rope: Any, model: nn.Module, adapter_names: Sequence[str]) -> Iter
         )
 
 
+def asking_otherwise(model: nn.Module, adapter_names: Sequence[str]) -> list[str]:
+    """Return those of some SEAL adapters that ask for other positions than the first of them."""
+    rope = _switch_of(model)
+    return [name for name in adapter_names if rope and rope.requests[name] is not rope.requests[adapter_names[0]]]
+
+
 def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str) -> None:
     """Refuse to put the scales of one adapter in the place of another that was trained under other positions.
 
@@ -132,19 +140,23 @@ def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str
     Raises:
         ValueError: The two ask for different RoPE or Self-Extend.
     """
-    own = getattr(model, "peft_config", {}).get(adapter_name)
-    sides = []
-    for side in (config, own):
-        rope = None if side is None or side.rope_parameters is None else (side.rope_parameters, side.base_rope)
-        sides.append((rope, None if side is None else side.self_extend))
-    if sides[0] != sides[1]:
+    rope = _switch_of(model)
+    if rope is None:
+        wanted(rope, config, model)
+        return
+    # By what the settings come to: the same may be written in several ways.
+    saved = rope.resolve(config.rope_parameters, config.self_extend, config.base_rope)
+    own = rope.requests[adapter_name]
+    if saved != own:
+        asked = {"rope_parameters": config.rope_parameters, "self_extend": config.self_extend}
+        flags = [f"--{name} '{json.dumps(value)}'" for name, value in asked.items() if value is not None]
         raise ValueError(
-            f"The saved adapter asks for RoPE and Self-Extend {sides[0]} and adapter {adapter_name!r} of the model "
-            f"for {sides[1]} (None: the base model's own). Load it as an adapter of its own and switch with "
-            "`set_adapter`."
+            f"The saved adapter asks for RoPE and Self-Extend {saved or _BASE}, and adapter {adapter_name!r} of the "
+            f"model for {own or _BASE}. Create the latter with the settings of the saved one first (on the command "
+            f"line: {' '.join(flags) or 'neither --rope_parameters nor --self_extend'}), then swap; or load the saved "
+            "one as an adapter of its own."
         )
-    rope = next((module.rope for module in model.modules() if isinstance(module, SealLayer)), None)
-    if rope is None or config.base_rope is None or config.rope_parameters is not None:
+    if config.base_rope is None or config.rope_parameters is not None:
         return
     if difference := _difference(config.base_rope, rope.own[0]):
         warnings.warn(
@@ -152,6 +164,11 @@ def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str
             "scales may not fit.",
             stacklevel=3,
         )
+
+
+def _switch_of(model: nn.Module) -> Any:
+    """The `PositionSwitch` of a model with SEAL; `None` for models without RoPE."""
+    return next((module.rope for module in model.modules() if isinstance(module, SealLayer)), None)
 
 
 def _difference(trained: Mapping[str, Any], base: Mapping[str, Any]) -> str:

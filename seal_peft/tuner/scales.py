@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 
 import torch
+from peft.config import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .config import SealConfig
 from .layer import SealLayer
+from .reading import read_adapter
 from .saving import finish_save
 from .weights import SCALES, check_weights_file
 
@@ -30,7 +33,7 @@ def scales(model: nn.Module | str | os.PathLike[str], adapter_name: str = "defau
         or `(num_heads, head_dim)` for the output site of SEAL-C. 1 is unchanged.
 
     Raises:
-        ValueError: The model or folder holds no such adapter.
+        ValueError: The model or folder holds no such adapter, or one without scales.
 
     Example:
         ```python
@@ -46,7 +49,7 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
     """Return the layers that hold an adapter by their names in the base model, whatever is wrapped around it.
 
     Raises:
-        ValueError: No layer holds an adapter of this name.
+        ValueError: No layer holds an adapter of this name, or the adapter has no scales.
     """
     from peft.peft_model import PeftModel  # PEFT imports its tuners first
 
@@ -58,6 +61,7 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, SealLayer]:
     named = {name: module for name, module in base.named_modules() if isinstance(module, SealLayer)}
     layers = {name.replace(".base_layer", ""): m for name, m in named.items() if adapter_name in m.seal_delta}
     if not layers:
+        _check_has_scales((getattr(base, "peft_config", None) or {}).get(adapter_name), f"Adapter {adapter_name!r}")
         known = sorted({key for layer in named.values() for key in layer.seal_delta})
         raise ValueError(
             f"The model holds no SEAL adapter named {adapter_name!r}. Adapters it holds: {known or 'none'}."
@@ -86,8 +90,21 @@ def _from_folder(folder: Path) -> dict[str, Tensor]:
         if key.endswith(SCALES)
     }
     if not found:
+        if (folder / CONFIG_NAME).is_file():
+            _check_has_scales(read_adapter(str(folder)), str(folder))
         raise ValueError(f"{path} holds no SEAL scales; is it an adapter of another method?")
     return found
+
+
+def _check_has_scales(config: PeftConfig | None, adapter: str) -> None:
+    """Refuse by what it is an adapter that was made to bring a context extension and nothing else."""
+    if isinstance(config, SealConfig) and not config.sites:
+        brought = {"rope_parameters": config.rope_parameters, "self_extend": config.self_extend}
+        raise ValueError(
+            f"{adapter} is SEAL's but has no scales (sites=()): it brings "
+            f"{', '.join(f'{name}={value}' for name, value in brought.items() if value is not None)} and nothing that "
+            "could be shown, set or swapped. Use an adapter with sites."
+        )
 
 
 def _place(name: str) -> list[tuple[int, str]]:
