@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from .context.advice import Advice
 from .context.advice import advise as advice_for
 from .loading import load_config
+from .reach import reach_of_folder
 from .report import markdown_table
 
 
@@ -30,8 +32,12 @@ def advise(arguments: AdviseArguments) -> str:
     Raises:
         ValueError: The length is not positive, or nothing extends the model.
     """
-    rows = [["method", "reaches (tokens)", "SealConfig arguments, or values of the flags", "note"]]
-    for advice in advice_for(load_config(arguments.model_name_or_path), arguments.length):
-        settings = ", ".join(f"{name}={json.dumps(value)}" for name, value in (advice.settings or {}).items())
-        rows.append([advice.method, f"{advice.reach:,}" if advice.reach else "no", settings, advice.note])
+    rows = [["method", "reaches (tokens)", "flags of `seal-peft train`", "note"]]
+    config = load_config(arguments.model_name_or_path)
+    advices, window = advice_for(config, arguments.length), reach_of_folder(config)
+    if advices[0].method != "none" and window is not None and arguments.length <= window:
+        advices = [Advice("none", {}, window, "by the Self-Extend that its config notes")]
+    for advice in advices:
+        flags = " ".join(f"--{name} '{json.dumps(value)}'" for name, value in (advice.settings or {}).items())
+        rows.append([advice.method, f"{advice.reach:,}" if advice.reach else "no", flags, advice.note])
     return markdown_table(rows)

@@ -195,14 +195,16 @@ def check_window(
     Raises:
         ValueError: If `length` exceeds the window.
     """
-    window = window or window_of(model_config)
+    plain = window_of(model_config)
+    window = window or plain
     if window is None or length <= window or (beyond and not has_position_table(model_config)):
         return
     config = model_config.get_text_config()
     parameters = getattr(config, "rope_parameters", None)
+    grouped = f", self_extend={getattr(config, 'self_extend', None)}" if window != plain else ""
     start = (
         f"A length of {length} tokens was given, but the window of this model is {window} tokens "
-        f"(max_position_embeddings={config.max_position_embeddings}, rope_parameters={parameters}). "
+        f"(max_position_embeddings={config.max_position_embeddings}, rope_parameters={parameters}{grouped}). "
     )
     if not parameters:
         raise ValueError(

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
 from .data import check_window
-from .reach import reach
+from .reach import idle_extensions, reach
 from .tasks import Sample
 from .tokens import encode_training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+logger = logging.getLogger(__name__)
+
 
 def training_rows(
     samples: Sequence[Sample], tokenizer: PreTrainedTokenizerBase, model: Any
 ) -> list[dict[str, list[int]]]:
     """Tokenise samples for a Trainer with `AnswerCollator`.
+
+    Samples so short that what the adapter brings to extend the window changes nothing are warned about.
 
     Args:
         samples: What `read_samples` or `make_samples` gave.
@@ -59,5 +64,8 @@ def training_rows(
             )
     progress = tqdm(samples, desc="Tokenising", unit="sample", delay=1.0)
     rows = [encode_training(sample, tokenizer) for sample in progress]
-    check_window(model.config, max(len(row["input_ids"]) for row in rows), reach(model))
+    longest = max(len(row["input_ids"]) for row in rows)
+    check_window(model.config, longest, reach(model))
+    for reason in idle_extensions(model, longest):
+        logger.warning("%s", reason)
     return rows

@@ -15,6 +15,7 @@ from peft.utils import CONFIG_NAME, PeftType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from .assets import public_id, resolve_model
+from .context.self_extend import apply_self_extend, check_settings
 from .tuner import activate, load_adapters
 from .tuner.reading import not_found, read_adapter
 
@@ -115,19 +116,45 @@ def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
 
 
 def load_model(model_name_or_path: str, dtype: str = "auto", attn_implementation: str | None = None) -> Any:
-    """Load a causal language model onto the device at hand.
+    """Load a causal language model onto the device at hand; Self-Extend that its config notes is in force.
 
     Args:
         model_name_or_path: Hub id, local folder, or `smollm2` for the installed asset.
         dtype: A name that `pick_dtype` knows, or `stored` for the dtype of the checkpoint's files.
         attn_implementation: Name of the attention function; `None` leaves it to transformers.
+
+    Raises:
+        ValueError: The config notes a Self-Extend that the model does not take.
     """
     model: Any = AutoModelForCausalLM.from_pretrained(
         locate_model(model_name_or_path),
         dtype="auto" if dtype == "stored" else pick_dtype(dtype),
         attn_implementation=attn_implementation,
     )
-    return model.to(pick_device())
+    return _as_noted(model.to(pick_device()))
+
+
+def load_skeleton(model_name_or_path: str) -> Any:
+    """Build what `load_model` loads without its weights, on the meta device.
+
+    Args:
+        model_name_or_path: Hub id, local folder, or `smollm2`.
+
+    Raises:
+        OSError: As `load_config`.
+        ValueError: As `load_config`, or the config notes a Self-Extend that the model does not take.
+    """
+    config = load_config(model_name_or_path)
+    with torch.device("meta"):
+        return _as_noted(AutoModelForCausalLM.from_config(config))
+
+
+def _as_noted(model: Any) -> Any:
+    """A model that was merged under Self-Extend answers as it did then; transformers alone ignores the note."""
+    settings = getattr(model.config.get_text_config(), "self_extend", None)
+    if settings is not None:
+        apply_self_extend(model, **check_settings(settings))
+    return model
 
 
 def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:
@@ -147,8 +174,7 @@ def check_adapter(model_name_or_path: str, path: str) -> PeftModel | None:
         ValueError: There is no adapter, its files are broken, or it was made for a model of other shapes or modules.
     """
     config = read_adapter(path)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(load_config(model_name_or_path))
+    skeleton = load_skeleton(model_name_or_path)
     try:
         if config.is_prompt_learning:
             _check_prompt(config, skeleton)

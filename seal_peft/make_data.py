@@ -14,6 +14,7 @@ from typing import Literal
 from .data import check_window, make_samples, read_samples, write_samples
 from .folders import check_place
 from .loading import load_config, load_tokenizer
+from .reach import reach_of_folder
 from .tasks import TASKS, Task, examples, get_task
 
 
@@ -61,7 +62,8 @@ def make_data(arguments: MakeDataArguments) -> Path:
     check_place(Path(arguments.output_file).parent)
     task = _task_of_file(arguments.task_file) if arguments.task_file else get_task(arguments.task)
     longest = max(arguments.lengths, default=1)
-    check_window(load_config(arguments.model_name_or_path), longest, beyond=arguments.allow_beyond_window)
+    config = load_config(arguments.model_name_or_path)
+    check_window(config, longest, reach_of_folder(config), arguments.allow_beyond_window)
     samples = make_samples(
         task,
         tokenizer=load_tokenizer(arguments.model_name_or_path),

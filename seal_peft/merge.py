@@ -24,7 +24,7 @@ from .card import write_card
 from .data import window_of
 from .files import read_json, write_json
 from .folders import REST, check_place
-from .loading import base_of_adapter, check_adapter, load_adapter, load_model, load_tokenizer
+from .loading import base_of_adapter, check_adapter, load_adapter, load_config, load_model, load_tokenizer
 from .resume import FINISHED
 from .rope_file import add_older_form
 from .together import check_together, split_together
@@ -73,10 +73,10 @@ def merge(arguments: MergeArguments) -> Path:
         The folder of the merged model.
 
     Raises:
-        ValueError: The output folder exists already, or the adapter is broken, of another base, or needs Self-Extend,
-            which no engine would apply to the plain model; or `sites` leave scales of several adapters, or all there
-            is; raised before any model is loaded. Or the model cannot take scales of one of the sites into its
-            weights, or what `sites` leave would scale a LoRA that is merged.
+        ValueError: The output folder exists already, or the adapter is broken, or of another base, or it or the base
+            needs Self-Extend, which no engine would apply to the plain model; or `sites` leave scales of several
+            adapters, or all there is; raised before any model is loaded. Or the model cannot take scales of one of the
+            sites into its weights, or what `sites` leave would scale a LoRA that is merged.
         OSError: The folder cannot be written. Nothing is left of it.
     """
     target = Path(arguments.output_dir)
@@ -86,15 +86,18 @@ def merge(arguments: MergeArguments) -> Path:
     adapters = split_together(arguments.adapter)
     configs = [read_adapter(adapter) for adapter in adapters]
     check_together(adapters)
-    if settings := next(filter(None, (getattr(config, "self_extend", None) for config in configs)), None):
-        raise ValueError(
-            f"The adapter needs self_extend={settings}, which no setting of a plain checkpoint brings about: every "
-            "engine would run the merged model without it. Keep the adapter, or train one under rope_parameters such "
-            "as YaRN, which config.json carries. In Python, `merge_and_unload()` keeps it in force in memory."
-        )
+    base = arguments.model_name_or_path or base_of_adapter(configs[0], adapters[0])
+    owners = [*(("adapter", config) for config in configs), ("base model", load_config(base).get_text_config())]
+    for owner, config in owners:
+        if settings := getattr(config, "self_extend", None):
+            raise ValueError(
+                f"The {owner} needs self_extend={settings}, which no setting of a plain checkpoint brings about: "
+                "every engine would run the merged model without it. Keep the adapter, or train one under "
+                "rope_parameters such as YaRN, which config.json carries. In Python, "
+                "`merge_and_unload()` keeps it in force in memory."
+            )
     rest = _rest(arguments, adapters, configs)
     record = _record_of(rest.adapter) if rest else {}
-    base = arguments.model_name_or_path or base_of_adapter(configs[0], adapters[0])
     for adapter in adapters:
         check_adapter(base, adapter)
     tokenizer = load_tokenizer(base)

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from .data import check_window, has_position_table, prompt_hash, read_samples, trained_prompts, window_of
 from .folders import REST
 from .loading import check_adapter, load_config, load_tokenizer
-from .reach import reach
+from .reach import reach, reach_of_folder
 from .tasks import Sample, get_task
 from .together import split_together
 from .tokens import encode_question
@@ -201,7 +201,7 @@ def check_system(system: System, longest: int, beyond: bool) -> int | None:
             "--model_name_or_path %s --adapters %s.",
             *(system.name, rest, system.model, rest),
         )
-    window = window_of(config)
+    window = reach_of_folder(config)
     for adapter in system.adapters:
         adapted = check_adapter(system.model, adapter)
         # Of several, the one that extends the context counts.
@@ -210,5 +210,6 @@ def check_system(system: System, longest: int, beyond: bool) -> int | None:
     try:
         check_window(config, longest, window, beyond)
     except ValueError as error:
-        raise ValueError(f"System {system.name!r}: {error}") from error
+        hint = " Other systems are evaluated without it by --skip_base." if system.name == BASE else ""
+        raise ValueError(f"System {system.name!r}: {error}{hint}") from error
     return window

@@ -19,14 +19,14 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import PeftConfig, get_peft_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from .card import write_card
 from .data import prompt_hash, read_samples, trained_prompts
 from .dataset import training_rows
 from .files import alone_in, write_json
 from .folders import check_output_folder
-from .loading import DTYPE_HELP, Dtype, check_one_gpu, load_config, load_model, load_tokenizer, pick_dtype
+from .loading import DTYPE_HELP, Dtype, check_one_gpu, load_model, load_skeleton, load_tokenizer, pick_dtype
 from .memory import Policy, apply_memory_policy
 from .provenance import provenance
 from .resume import FINISHED, UNFINISHED, find_checkpoint, settings_of, start_afresh
@@ -198,10 +198,9 @@ def train(
     settings = settings_of(asdict(arguments), training_arguments, other)
     find = partial(find_checkpoint, output_dir, settings, arguments.overwrite_output_dir)
     checkpoint = find(training_arguments.resume_from_checkpoint)
-    model_config, tokenizer = load_config(arguments.model_name_or_path), load_tokenizer(arguments.model_name_or_path)
     with torch.device("meta"):  # whether the heads can be found, and how far it reads, shows without the weights
-        skeleton = AutoModelForCausalLM.from_config(copy.deepcopy(model_config))
-        adapted = get_peft_model(skeleton, copy.deepcopy(config))
+        adapted = get_peft_model(load_skeleton(arguments.model_name_or_path), copy.deepcopy(config))
+    tokenizer = load_tokenizer(arguments.model_name_or_path)
     if arguments.init_adapter is not None:
         _check_same_sites(arguments.init_adapter, config)
         hotswap_adapter(adapted, arguments.init_adapter)

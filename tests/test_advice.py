@@ -1,6 +1,7 @@
 """Advice on context extension: every setting that is given reaches the length, and the model takes it."""
 
 import math
+import shlex
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from seal_peft.context.advice import advise
 from seal_peft.context.rope import apply_rope, reach_of, read_rope
 from seal_peft.context.self_extend import apply_self_extend, extended_window
 from seal_peft.data import window_of
-from stages import error_of, save_model, seal
+from stages import error_of, save_model, save_samples, seal
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
 LINEAR = {"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0}
@@ -180,6 +181,16 @@ def test_models_that_read_images_are_advised_what_they_take(name):
 def test_a_length_that_the_model_reaches_needs_nothing():
     (advice,) = advise(models.llama().config, 128)
     assert (advice.method, advice.settings, advice.reach) == ("none", {}, 128)
+    assert advice.note == "within the model's own window"
+
+
+def test_a_raised_base_tells_its_window_and_not_how_far_it_was_advised():
+    model = models.llama()
+    ntk = by_method(model.config, 256)["ntk"]
+    apply_rope(model, ntk.settings["rope_parameters"])
+    (advice,) = advise(model.config, window_of(model.config))
+    assert (advice.reach, advice.note) == (window_of(model.config), "within the model's own window")
+    assert ntk.reach < advice.reach
 
 
 def test_a_length_that_no_factor_reaches_gets_no_factor():
@@ -222,12 +233,23 @@ def test_wrong_lengths_and_models_without_rope_are_refused():
         advise(models.gpt2().config, 1000)
 
 
+def test_what_the_stage_prints_can_be_pasted_behind_train(tmp_path, capsys):
+    folder = save_model(tmp_path / "model", max_position_embeddings=128)
+    data = save_samples(tmp_path / "train.jsonl", num_samples=1)
+    assert seal("advise", "--model_name_or_path", folder, "--length", 400) == 0
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if " '{" in line]
+    assert len(rows) == 5
+    for number, (_, _, flags, _) in enumerate(rows):
+        words = ["--model_name_or_path", folder, "--train_file", data, "--output_dir", tmp_path / str(number)]
+        assert seal("train", *words, *shlex.split(flags), "--max_steps", 1, "--disable_tqdm", True) == 0
+
+
 def test_the_stage_prints_a_table_from_the_config_alone(tmp_path, capsys):
     folder = save_model(tmp_path / "model", weights=False, max_position_embeddings=128)
     assert seal("advise", "--model_name_or_path", str(folder), "--length", "1000") == 0
     out = capsys.readouterr().out
-    assert '| yarn | 1,024 | rope_parameters={"rope_type": "yarn", "factor": 8.0} |' in out
-    assert 'self_extend={"group_size":' in out
+    assert '| yarn | 1,024 | --rope_parameters \'{"rope_type": "yarn", "factor": 8.0}\' |' in out
+    assert '--self_extend \'{"group_size":' in out
     assert {line.count("|") for line in out.strip().splitlines()} == {5}
     assert seal("advise", "--model_name_or_path", str(folder), "--length", "0") == 1
     assert "positive whole number" in error_of(capsys)

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import seal_peft
 from hub_stub import running_hub
-from models import INPUT_IDS, base_model
+from models import INPUT_IDS, base_model, llama
 from seal_peft import SealConfig, save_adapter
 from stages import save_model, save_samples, seal
 from test_hub import pretend_to_be_the_hub
@@ -154,7 +154,7 @@ def test_the_code_of_the_page_runs(page: str, workplace: Path, monkeypatch: pyte
         names["two_prompts"] = INPUT_IDS
     if page == "docs/context.md":
         extended = "base_model another_base_model fresh_base_model plain_model lora_base_model one_more_base_model"
-        names = {name: base_model("llama") for name in extended.split()}
+        names = {name: llama(max_position_embeddings=8192) for name in extended.split()}
     if page == "docs/trainers.md" and importlib.util.find_spec("trl"):
         import trl
 
@@ -170,7 +170,7 @@ def test_the_code_of_the_page_runs(page: str, workplace: Path, monkeypatch: pyte
         assert (workplace / "adapters" / "lines-again" / "adapter_config.json").is_file()
     if page == "docs/context.md":
         assert defined["merged"].config.rope_parameters["rope_type"] == "yarn"
-        assert defined["advice"].method == "self_extend"
+        assert defined["advice"].settings == {"self_extend": {"group_size": 8, "window": 1024}}
         assert (workplace / "pair" / "long" / "adapter_config.json").is_file()
 
 

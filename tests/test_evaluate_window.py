@@ -96,8 +96,11 @@ def test_the_base_is_refused_beyond_its_window_by_name_and_its_extension_is_not(
     assert "System 'base': A length of" in complaint
     assert f"window of this model is {WINDOW} tokens" in complaint
     assert "pass --allow_beyond_window" in complaint
+    assert complaint.endswith("Other systems are evaluated without it by --skip_base.")
     assert seal(*words(house, tmp_path / "out", "yarn", "lora"), "--skip_base") == 1
-    assert "System 'lora': A length of" in error_of(capsys)
+    complaint = error_of(capsys)
+    assert "System 'lora': A length of" in complaint
+    assert "--skip_base" not in complaint
     assert not (tmp_path / "out").exists()
 
 

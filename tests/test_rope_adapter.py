@@ -150,8 +150,9 @@ def test_a_request_that_does_not_work_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match="cannot be built"):
         get_peft_model(model, SealConfig(rope_parameters={**YARN, "mscale": "x", "mscale_all_dim": "x"}))
     assert [type(module) for module in model.modules()] == modules
-    with pytest.raises(ValueError, match="rope_parameters='yarn' is not allowed"):
-        SealConfig(rope_parameters="yarn")
+    for given in ("yarn", {}):
+        with pytest.raises(ValueError, match=f"rope_parameters={given!r} is not allowed"):
+            SealConfig(rope_parameters=given)
 
 
 def test_an_adapter_that_brings_neither_scales_nor_rope_is_refused():

@@ -169,8 +169,9 @@ def test_a_request_that_the_model_does_not_take_leaves_it_as_it_was():
     for settings in ({"group_size": 3}, {"group_size": 0, "window": 4}, {"group_size": 2.0, "window": 4}):
         with pytest.raises(ValueError, match="Use two positive whole numbers"):
             get_peft_model(llama(), SealConfig(self_extend=settings))
-    with pytest.raises(ValueError, match="self_extend=3 is not allowed"):
-        SealConfig(self_extend=3)
+    for settings in (3, {}):
+        with pytest.raises(ValueError, match=f"self_extend={settings} is not allowed"):
+            SealConfig(self_extend=settings)
     for name in ("gpt2", "deepseek_v3", "gpt_oss", "qwen2_5_vl", "falcon"):
         model = models.base_model(name)
         with pytest.raises(ValueError, match="Self-Extend|self_extend"):
@@ -232,6 +233,24 @@ def test_a_base_that_was_extended_is_on_record(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert torch.equal(logits(PeftModel.from_pretrained(base(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("settings", [{"group_size": 4, "window": 32}, {"group_size": 1, "window": 7}])
+def test_settings_that_let_the_model_read_no_further_are_refused(settings):
+    with pytest.raises(ValueError, match="extends nothing: the model reads 32 tokens without it.*a window.*, 4 say"):
+        get_peft_model(llama(), SealConfig(self_extend=settings))
+    get_peft_model(llama(), SealConfig(self_extend={"group_size": 2, "window": 30}))
+    get_peft_model(llama(), SealConfig(self_extend={"group_size": 4, "window": 32}, rope_parameters=YARN))
+
+
+def test_a_base_under_it_takes_no_rope_that_depends_on_the_length():
+    model = base()
+    before = logits(model)
+    with pytest.raises(ValueError, match="type 'dynamic', whose frequencies depend on the length"):
+        get_peft_model(model, SealConfig(rope_parameters={"rope_type": "dynamic", "factor": 2.0}))
+    assert (read_rope(model), read_self_extend(model)) == (read_rope(llama()), SETTINGS)
+    assert torch.equal(logits(model), before)
+    assert read_rope(get_peft_model(model, SealConfig(rope_parameters=YARN)))["rope_type"] == "yarn"
 
 
 def test_hotswap_and_ia3_refuse_what_they_would_lose(tmp_path):
@@ -330,6 +349,8 @@ def test_beside_lora_it_is_saved_loaded_and_switched(tmp_path):
     assert torch.equal(logits(model), expected)
     model.save_pretrained(tmp_path)
     loaded = seal_peft.load_adapters(llama(), {"style": tmp_path / "style", "long": tmp_path / "long"})
+    assert torch.equal(logits(loaded), expected)
+    loaded.set_adapter("style")  # leaves the other method alone
     assert torch.equal(logits(loaded), expected)
     seal_peft.activate(loaded, ["style"])
     assert torch.equal(logits(loaded), plain)

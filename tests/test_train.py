@@ -562,9 +562,11 @@ def test_an_extension_lets_it_train_beyond_the_window(
     save_model(tmp_path / "model", max_position_embeddings=300)
     words = ["--model_name_or_path", tmp_path / "model", "--train_file", house / "train.jsonl"]
     words += ["--output_dir", tmp_path / "out", "--max_steps", 1, "--dtype", "float32", "--disable_tqdm", True]
-    small = {**value, "factor": 1.1} if "factor" in value else {**value, "group_size": 1}
+    small = {**value, "factor": 1.1} if "factor" in value else {"group_size": 2, "window": 250}
     assert seal("train", *words, f"--{flag}", json.dumps(small)) == 1
-    assert "A length of" in error_of(capsys)
+    refused = error_of(capsys)
+    assert "A length of" in refused
+    assert (f"self_extend={small}" in refused) == (flag == "self_extend")
     assert seal("train", *words, f"--{flag}", json.dumps(value)) == 0
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())[flag] == value
     assert run_of(tmp_path / "out")["arguments"][flag] == json.dumps(value)

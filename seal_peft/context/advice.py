@@ -87,7 +87,7 @@ def advise(config: PreTrainedConfig, length: int) -> list[Advice]:
         )
     window = reach_of(own)
     if length <= window:
-        return [Advice("none", {}, window, "the model's own positions reach")]
+        return [Advice("none", {}, window, "within the model's own window")]
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what transformers thinks of factors that are only tried is nobody's concern
     try:

@@ -113,7 +113,11 @@ class AppliedRope:
         self._states = [(module, state_of(module)) for module in modules]
 
     def restore(self) -> None:
-        """Put back the very frequencies that the model had; moved and cast as the model was since."""
+        """Put back the very frequencies that the model had; moved and cast as the model was since.
+
+        Of several changes to a model, undo the last one first: an earlier one puts back what was before it, and a
+        later one, undone after that, brings the earlier one's settings back.
+        """
         for name, value in self._values.items():
             setattr(self._config, name, value)
         for module, state in self._states:

@@ -145,7 +145,7 @@ class AppliedSelfExtend:
             vars(layer.attention)[_SETTINGS] = _Settings(layer, **settings, checks=checks)
 
     def restore(self) -> None:
-        """Give the model its attention back."""
+        """Give the model its attention back; of several changes to a model, undo the last one first."""
         if hasattr(self._config, NAME):
             del self._config.self_extend
         for name, value in self._before.items():

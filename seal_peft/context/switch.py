@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .probe import RotaryLayer, rotary_layers
-from .rope import AppliedRope, apply_rope, read_rope, resolve_rope
-from .self_extend import AppliedSelfExtend, check_settings, read_self_extend
+from .probe import RotaryLayer, check_frequencies, rotary_layers
+from .rope import AppliedRope, apply_rope, reach_of, read_rope, resolve_rope
+from .self_extend import AppliedSelfExtend, check_settings, extended_window, read_self_extend
 
 _BASE = "__base__"  # PEFT's name for rows of a batch without an adapter
 
@@ -97,6 +97,8 @@ class PositionSwitch:
         wanted = Request(rope, None if self_extend is None else check_settings(self_extend))
         if wanted != self._current:
             self._restore(self._apply(wanted))
+        if wanted.self_extend is not None:
+            _check_gain(wanted.self_extend, reach_of(rope or self.own[0]))
         return wanted
 
     def add(self, name: str, request: Request | None, users: Iterable[Any]) -> None:
@@ -161,18 +163,20 @@ class PositionSwitch:
 
     def _apply(self, wanted: Request) -> list[AppliedRope | AppliedSelfExtend]:
         applied: list[AppliedRope | AppliedSelfExtend] = []
-        if wanted.rope is not None:
-            applied.append(apply_rope(self._model, wanted.rope))
-        if wanted.self_extend is not None:
-            unchecked, self._unchecked = self._unchecked, True
-            try:
+        unchecked, self._unchecked = self._unchecked, True
+        try:
+            if wanted.rope is not None:
+                applied.append(apply_rope(self._model, wanted.rope))
+            if wanted.self_extend is not None:
                 self._layers = self._layers or rotary_layers(self._model)
                 applied.append(AppliedSelfExtend(self._model, self._layers, wanted.self_extend))
-            except BaseException:
-                self._restore(applied)
-                raise
-            finally:
-                self._unchecked = unchecked
+            elif read_self_extend(self._model) is not None:  # the base's own, which has to bear the new RoPE
+                check_frequencies(self._model, [m for m in self._model.modules() if hasattr(m, "rope_type")])
+        except BaseException:
+            self._restore(applied)
+            raise
+        finally:
+            self._unchecked = unchecked
         return applied
 
     def _restore(self, applied: list[AppliedRope | AppliedSelfExtend]) -> None:
@@ -217,3 +221,13 @@ class PositionSwitch:
                 f"The active adapter needs self_extend={self._current.self_extend}, but the attention of this model "
                 "was set to something else. Leave `set_attn_implementation` alone while the adapter is in use."
             )
+
+
+def _check_gain(settings: dict[str, int], native: int) -> None:
+    """Refuse a Self-Extend that does nothing: its window is never left, or its groups are of one."""
+    if extended_window(native, settings) <= native:
+        raise ValueError(
+            f"self_extend={settings} extends nothing: the model reads {native} tokens without it and no more with it. "
+            f"Use a window well below that, {max(1, native // 8)} say, and a group_size of at least 2; "
+            "`seal-peft advise` says which reach a length."
+        )

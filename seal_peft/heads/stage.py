@@ -34,7 +34,7 @@ from ..loading import (
 )
 from ..plots import new_figure
 from ..predictions import fingerprint, identity
-from ..reach import reach
+from ..reach import reach, reach_of_folder
 from ..tasks import Sample, get_task
 from ..tuner import SealConfig, scales
 from ..tuner.reading import read_adapter
@@ -201,7 +201,7 @@ def _check(arguments: HeadsArguments) -> list[Sample]:
 
 def _check_model(arguments: HeadsArguments, config: Any, longest: int) -> None:
     """Find out without the weights whether model and adapter fit each other and the samples, and name the heads."""
-    window = None
+    window = reach_of_folder(config)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING and not getattr(config, "auto_map", None):
         raise ValueError(
             f"{arguments.model_name_or_path} is a {config.model_type} model, which transformers does not load as a "

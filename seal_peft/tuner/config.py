@@ -148,12 +148,12 @@ class SealConfig(PeftConfig):
                 raise ValueError(
                     f"{name}={value!r} is not allowed. Use a positive whole number, or None to look it up."
                 )
-        if self.rope_parameters is not None and not isinstance(self.rope_parameters, dict):
+        if self.rope_parameters is not None and not (isinstance(self.rope_parameters, dict) and self.rope_parameters):
             raise ValueError(
                 f"rope_parameters={self.rope_parameters!r} is not allowed. Use a dictionary such as "
                 '{"rope_type": "yarn", "factor": 4.0}, or None.'
             )
-        if self.self_extend is not None and not isinstance(self.self_extend, dict):
+        if self.self_extend is not None and not (isinstance(self.self_extend, dict) and self.self_extend):
             raise ValueError(
                 f"self_extend={self.self_extend!r} is not allowed. Use a dictionary such as "
                 '{"group_size": 6, "window": 1024}, or None.'
