@@ -111,7 +111,7 @@ def merge(arguments: MergeArguments) -> Path:
         if not add_older_form(folder, merged.config):
             logger.warning(
                 "The merged config.json holds its RoPE as transformers 5 reads it. transformers 4, and engines that "
-                "build on it, would refuse the model or run it with another RoPE."
+                "build on it, may refuse the model or run it with another RoPE."
             )
         share_as(folder / "config.json", folder.glob("*.safetensors"))
         tokenizer.save_pretrained(folder)

@@ -127,7 +127,12 @@ def test_what_a_request_leaves_out_stays_if_the_type_is_that_of_the_model():
         return llama(**{"max_position_embeddings": 128, "rope_parameters": dict(own), **kwargs})
 
     now = apply_and_compare(yarn, {"rope_type": "yarn", "factor": 8.0})
-    assert now == {**own, "factor": 8.0, "max_position_embeddings": 256}
+    # The attention factor is that of the other factor.
+    kept = {name: value for name, value in own.items() if name != "attention_factor"}
+    assert now == {**kept, "factor": 8.0, "max_position_embeddings": 256}
+    model = yarn()
+    apply_rope(model, {"rope_type": "yarn", "factor": 4.0})
+    assert read_rope(model) == {**own, "max_position_embeddings": 128}
     now = apply_and_compare(yarn, {"rope_type": "dynamic", "factor": 8.0})
     assert now == {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 500.0, "max_position_embeddings": 128}
 

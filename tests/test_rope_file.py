@@ -30,6 +30,14 @@ CASES = {
 }
 
 
+def nemotron():
+    return models.causal(tf.NemotronConfig, head_dim=None)
+
+
+def olmo3():
+    return models.causal(tf.Olmo3Config, layer_types=["sliding_attention", "full_attention"])
+
+
 def saved(build, request, folder):
     """Save an extended model in both forms; return it and what its file says about the decoder."""
     model = build()
@@ -74,6 +82,16 @@ def unchanged(model, folder):
 def test_what_the_older_form_cannot_say_leaves_the_file_as_it_is(tmp_path):
     model = gemma3()
     apply_rope(model, {"full_attention": YARN, "sliding_attention": {"rope_type": "linear", "factor": 2.0}})
+    assert unchanged(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "request_"), [("gpt_neox", {"rope_theta": 5e4}), ("nemotron", TYPES["linear"]), ("olmo3", NTK)]
+)
+def test_models_that_transformers_4_would_run_otherwise_keep_the_newer_form_alone(name, request_, tmp_path):
+    build = {"nemotron": nemotron, "olmo3": olmo3}.get(name) or models.ARCHITECTURES[name].build
+    model = build()
+    apply_rope(model, request_)
     assert unchanged(model, tmp_path)
 
 

@@ -28,7 +28,7 @@ from rope_models import (
     phi3_longrope,
     switching,
 )
-from seal_peft import SealConfig
+from seal_peft import SealConfig, activate, add_beside
 from seal_peft.context.rope import read_rope
 from seal_peft.loading import load_adapter
 
@@ -201,6 +201,33 @@ def test_a_switch_that_fails_leaves_the_model_as_it_was(monkeypatch):
         with model.disable_adapter():
             pass
     assert torch.equal(logits(model), logits(llama()))
+
+
+def test_a_switch_that_is_refused_changes_no_module_that_peft_switches_before_the_layers(monkeypatch):
+    model = get_peft_model(llama(), SealConfig(init_weights=False, modules_to_save=["lm_head"]), "plain").eval()
+    other = SealConfig(init_weights=False, modules_to_save=["lm_head"], rope_parameters=TYPES["linear"])
+    model.add_adapter("linear", other)
+    with torch.no_grad():
+        model.base_model.model.lm_head.modules_to_save["linear"].weight.mul_(2)
+    expected = logits(model)
+    monkeypatch.delitem(ROPE_INIT_FUNCTIONS, "linear")
+    with pytest.raises(ValueError, match="'linear' is not known"):
+        model.set_adapter("linear")
+    assert torch.equal(logits(model), expected)
+
+
+def test_a_choice_that_is_refused_leaves_lora_as_it_was():
+    model = get_peft_model(llama(), LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "style")
+    model = add_beside(model, SealConfig(rope_parameters=YARN), "yarn")
+    model.add_adapter("ntk", SealConfig(rope_parameters=NTK))
+    activate(model, ["style", "yarn"])
+    expected = logits(model)
+    for names in (["yarn", "ntk"], ["ntk", "style", "yarn"]):
+        with pytest.raises(ValueError, match="one RoPE at a time"):
+            activate(model, names)
+    with pytest.raises(ValueError, match="one RoPE at a time"):
+        model.base_model.set_adapter(["yarn", "ntk"])
+    assert torch.equal(logits(model), expected)
 
 
 def test_a_batch_has_one_rope():

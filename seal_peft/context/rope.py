@@ -45,14 +45,14 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
         model: A transformers model; `model.config` follows, so that saving the model saves the parameters.
         rope_parameters: As in transformers' configs: `{"rope_type": "yarn", "factor": 4.0}`. Of what is left out, the
             base (`rope_theta`) and partial rotation are the model's; so is all that a type of scaling brings, such as
-            `beta_fast`, if the model has this type already. The type `"ntk"` raises the base and keeps the rest, so
-            that the slowest rotated pair of channels slows down by the factor: `rope_theta * factor ** (d / (d - 2))`
-            for `d` rotated channels; where only `r` of the `d` rotate (`"proportional"`), the exponent is
-            `d / (r - 2)`. For models with RoPE per layer type, give `{"full_attention": {...}, ...}`; parameters
-            without a layer type are for `full_attention`. The key `max_position_embeddings` beside them sets the
-            length; otherwise it is raised by the factor, except for `"dynamic"`, which measures lengths by it, and
-            for `"linear"`, where it is the native length: so published models have it, and engines multiply it by
-            the factor.
+            `beta_fast`, if the model has this type already; an `attention_factor` only with its factor. The type
+            `"ntk"` raises the base and keeps the rest, so that the slowest rotated pair of channels slows down by the
+            factor: `rope_theta * factor ** (d / (d - 2))` for `d` rotated channels; where only `r` of the `d` rotate
+            (`"proportional"`), the exponent is `d / (r - 2)`. For models with RoPE per layer type, give
+            `{"full_attention": {...}, ...}`; parameters without a layer type are for `full_attention`. The key
+            `max_position_embeddings` beside them sets the length; otherwise it is raised by the factor, except for
+            `"dynamic"`, which measures lengths by it, and for `"linear"`, where it is the native length: so published
+            models have it, and engines multiply it by the factor.
 
     Returns:
         What puts the old parameters back: `.restore()`.
@@ -214,6 +214,8 @@ def _resolve(
         return {**own, **request}, longest
     same = kind == own.get("rope_type")
     kept = {name: value for name, value in own.items() if same or name not in SCALING}
+    if factor != own.get("factor"):
+        kept.pop("attention_factor", None)  # it belongs to a factor
     if "llama_4_scaling_beta" in own:  # attention scales its queries by the native length, whatever turns them
         kept[NATIVE] = native
     resolved = {**kept, **request}

@@ -30,7 +30,7 @@ _NEEDS: dict[str, set[str]] = {
 }
 _POSITIVE = {"rope_theta", "partial_rotary_factor", "attention_factor", "beta_fast", "beta_slow"}
 _POSITIVE |= {"low_freq_factor", "high_freq_factor"}
-# The first of each pair must be the smaller; transformers has these where they are left out.
+# The first of each pair must not be the greater; transformers has these where they are left out.
 _ORDERED = (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"))
 _BETAS = {"beta_slow": 1, "beta_fast": 32}
 
@@ -58,9 +58,9 @@ def check_length(name: str, value: Any) -> None:
     """Refuse what is no length in tokens.
 
     Raises:
-        ValueError: It is not a positive whole number.
+        ValueError: It is not a positive whole number; 8192.0, as some configs have it, is one.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 1 or not float(value).is_integer():
         raise ValueError(f"{name}={value!r} is not allowed in rope_parameters. Use a positive whole number of tokens.")
 
 
@@ -99,9 +99,10 @@ def check_request(kind: str, request: Mapping[str, Any], own: Mapping[str, Any],
             )
     both = {**_BETAS, **own, **request}
     for low, high in _ORDERED:
-        if new.keys() & {low, high} and {low, high} <= both.keys() and both[low] >= both[high]:
+        if new.keys() & {low, high} and {low, high} <= both.keys() and both[low] > both[high]:
             raise ValueError(
-                f"{low}={both[low]} and {high}={both[high]} are not allowed in rope_parameters: {low} must be smaller."
+                f"{low}={both[low]} and {high}={both[high]} are not allowed in rope_parameters: {low} must not be the "
+                "greater."
             )
 
 

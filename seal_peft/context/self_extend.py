@@ -198,7 +198,11 @@ def self_extend_attention(
     slots = _slots(attention_mask)
     has_own_mask = attention_mask is None or slots is not None
     if settings is not None and settings.checks and has_own_mask and position_ids is not None:
-        if not torch.compiler.is_compiling() and not (query.is_cuda and torch.cuda.is_current_stream_capturing()):
+        if (
+            not position_ids.is_meta
+            and not torch.compiler.is_compiling()
+            and not (query.is_cuda and torch.cuda.is_current_stream_capturing())
+        ):
             _check_positions(position_ids, slots, keys)
     if settings is None or keys <= settings.window:
         if slots is not None:

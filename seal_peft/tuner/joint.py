@@ -23,7 +23,7 @@ from peft.utils.other import _set_adapter as set_on_modules_to_save
 from torch import nn
 
 from .config import SealConfig
-from .positions import asking_otherwise
+from .positions import ask_before, asking_otherwise
 from .reading import read_adapter
 
 if TYPE_CHECKING:
@@ -179,7 +179,8 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
 
     Raises:
         TypeError: One name was given instead of a list.
-        ValueError: The model has no adapter of one of the names.
+        ValueError: The model has no adapter of one of the names, or they ask for different RoPE or Self-Extend;
+            nothing has changed.
 
     Example:
         ```python
@@ -194,6 +195,7 @@ def activate(model: nn.Module, adapter_names: Iterable[str], inference_mode: boo
     known = list(getattr(model, "peft_config", {}))
     if unknown := sorted(set(names) - set(known)):
         raise ValueError(f"The model has no adapters named {', '.join(unknown)}. It has {', '.join(known) or 'none'}.")
+    ask_before(model.get_base_model() if isinstance(model, PeftModel) else model, names)
     set_on_layers(model, names, inference_mode=inference_mode)
     if isinstance(model, PeftModel):
         driver: Any = model.base_model
@@ -249,7 +251,10 @@ def set_adapter(model: SealModel, adapter_name: str | list[str], inference_mode:
     by_method: dict[type[BaseTunerLayer], list[str]] = {}
     for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
         by_method.setdefault(_layer_class(model, name), []).append(name)
-    for layer_class, names in (by_method or {model.tuner_layer_cls: []}).items():
+    by_method = by_method or {model.tuner_layer_cls: []}
+    if model.tuner_layer_cls in by_method:
+        ask_before(model.model, by_method[model.tuner_layer_cls])
+    for layer_class, names in by_method.items():
         set_on_layers(model.model, names, inference_mode=inference_mode, layer_cls=layer_class)
     _sync(model, inference_mode)
 

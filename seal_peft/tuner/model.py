@@ -132,6 +132,7 @@ class SealModel(BaseTuner):
         if joint.is_joint(self.peft_config):
             joint.set_adapter(self, adapter_name, inference_mode)
         else:
+            positions.ask_before(self.model, adapter_name)
             super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:

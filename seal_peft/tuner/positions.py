@@ -132,6 +132,20 @@ def asking_otherwise(model: nn.Module, adapter_names: Sequence[str]) -> list[str
     return [name for name in adapter_names if rope and rope.requests[name] is not rope.requests[adapter_names[0]]]
 
 
+def ask_before(model: nn.Module, adapter_names: str | Sequence[str]) -> None:
+    """Give the model what adapters ask for that are about to be active, before PEFT changes anything else.
+
+    PEFT switches modules and layers one after the other; a refusal half way would leave a mixture that runs.
+
+    Raises:
+        ValueError: They ask for different things, or the model does not take it.
+    """
+    rope = _switch_of(model)
+    if rope is not None and rope.users:
+        names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        (rope.wanted if rope.users[0].disable_adapters else rope.use)(names)
+
+
 def check_same_positions(config: SealConfig, model: nn.Module, adapter_name: str) -> None:
     """Refuse to put the scales of one adapter in the place of another that was trained under other positions.
 
