@@ -56,7 +56,7 @@ def rounds(
     failed: list[str] = []
     for number in range(repeats):
         for name, (system, policy) in runs.items():
-            row = rows.setdefault(name, {"times_ms": []})
+            row = rows.setdefault(name, {"times_ms": [], "chosen": None})
             if row.get("fits") is False or len(row["times_ms"]) > number or name in failed:
                 continue
             row.pop("error", None)

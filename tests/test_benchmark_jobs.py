@@ -9,10 +9,12 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pages import filled
 from seal_peft.data import read_samples
@@ -164,12 +166,8 @@ def test_the_benchmark_of_steps_adds_rows_to_its_file_and_fills_its_table(step) 
     for part in (systems, policies):
         for row in result["results"]["32"][part]["rows"].values():
             row["peak_bytes"] = 2e9  # of a GPU
-    rows["low"] |= {"times_ms": [], "error": "RuntimeError: no memory to pin"}
-    rows["fast"] = {"times_ms": [], "fits": False, "chosen": None}
     (table,) = filled("results/step-8b.json", result)
     assert f"| {systems}, 32 tokens |" in table
-    assert "| low | RuntimeError: no memory to pin |" in table
-    assert "| fast | does not fit |" in table
     assert rows["auto"]["chosen"] in table
     del result["results"]["32"]["rates"], result["results"]["32"][systems]
     for row in rows.values():
@@ -209,6 +207,28 @@ def test_an_error_of_one_row_is_kept_in_it_and_the_other_rows_go_on(step, tmp_pa
     (part,) = step(*words)["results"]["32"].values()
     assert "error" not in part["rows"]["low"]
     assert len(part["rows"]["low"]["times_ms"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "cell"),
+    [
+        (torch.OutOfMemoryError("no memory"), "does not fit"),
+        (RuntimeError("a | b\nat this place"), r"RuntimeError: a \| b"),
+    ],
+)
+def test_a_row_that_ends_before_its_policy_is_chosen_has_its_outcome_in_the_table(
+    step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, cell: str
+) -> None:
+    import step_systems
+
+    def fail(bench, length):
+        raise error
+
+    monkeypatch.setitem(step_systems.POLICIES, "low", fail)
+    with suppress(SystemExit):
+        step("--repeats", "1", "--parts", "policies", "--policies", "low")
+    (table,) = filled("results/step-8b.json", json.loads((tmp_path / "step.json").read_text()))
+    assert f"| low | {cell} | | | |" in table
 
 
 def test_a_step_is_warmed_up_by_two_layers_at_its_full_length(step, monkeypatch: pytest.MonkeyPatch) -> None:
