@@ -246,6 +246,18 @@ def test_every_system_of_the_parts_reads_prompts_apart_so_that_memory_grows_with
     assert can_prefill_apart(get_peft_model(models.llama(max_position_embeddings=8192), config))
 
 
+@pytest.mark.parametrize(
+    "change", [{"rate": 0.25}, {"warmup": 5}, {"extension": {"rope_parameters": {"factor": 2.0}}}]
+)
+def test_another_setting_of_a_training_has_an_adapter_and_answers_of_its_own(change: dict) -> None:
+    training = replace(MINI.trainings["seal-h"], extension={"rope_parameters": {"factor": 4.0}})
+    parts = [replace(MINI, trainings={"seal-h": each}) for each in (training, replace(training, **change))]
+    before, after = (run.Run("mini", part, stage.ReproduceArguments()) for part in parts)
+    assert before.folder != after.folder
+    paths = {each.adapter(each.part.trainings["seal-h"], 0) for each in (before, after)}
+    assert len(paths) == 2
+
+
 def test_parts_share_the_adapters_of_lines() -> None:
     runs = {name: run.Run(name, PARTS[name], stage.ReproduceArguments()) for name in ("lines", "guard", "heads")}
     paths = {name: run.adapter(PARTS[name].trainings["seal-h"], 0) for name, run in runs.items()}
