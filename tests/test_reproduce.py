@@ -189,6 +189,22 @@ def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.Captu
         stage.reproduce(stage.ReproduceArguments(["lime"]))
 
 
+def test_a_part_that_was_begun_with_another_batch_is_refused_and_its_samples_are_not(
+    done, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, words = done
+    before = result_of(folder)
+    assert seal(*words, "--per_device_eval_batch_size", "3") == 1
+    (part,) = (folder / "work/mini").iterdir()
+    message = error_of(capsys)
+    batch, other = ({"per_device_eval_batch_size": number} for number in (8, 3))
+    assert f"{part} holds work with {batch}, not {other}." in message
+    assert "give that number, or remove this folder to ask all again." in message
+    assert seal(*words, "--per_device_eval_batch_size", "3", "--samples_only") == 0
+    assert seal(*words) == 0
+    assert result_of(folder) == before
+
+
 def test_a_process_that_sees_several_gpus_is_told_to_be_one_of_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
