@@ -9,9 +9,11 @@ the model alone; the FLOP floor is a step of these that computes nothing twice.
     python benchmarks/step.py --tokens 31744 --output results/step-8b.json
     python benchmarks/step.py --size tiny --tokens 64 128 --repeats 1 --output /tmp/step.json
 
-The rows of a part take turns, `--repeats` times. Every turn is written to the output file at once, and none is made
-again that stands there, so a killed command goes on with what is left. Not to fit is a result, too; a row that ended
-with another error keeps its text, fails the command after the other rows, and is tried again by the next one.
+The rows of a part take turns, `--repeats` times, each round behind one of the floor, with which alone its turns are
+compared: machines differ by more than methods do. Every turn is written to the output file at once, and none is made
+again that stands there, so a killed command goes on with what is left; it measures rates and floor again, which the
+last call may have done on another machine. Not to fit is a result, too; a row that ended with another error keeps its
+text, fails the command after the other rows, and is tried again by the next one.
 """
 
 from __future__ import annotations
@@ -50,24 +52,51 @@ def rounds(
     rows: dict[str, Row],
     length: int,
     repeats: int,
+    beside: Row,
     save: Callable[[], None],
 ) -> list[str]:
-    """Let systems under policies take turns, as far as `rows` lack them; save after each; return which ones failed."""
+    """Let systems under policies take turns, as far as `rows` lack them; save after each; return which ones failed.
+
+    Args:
+        bench: Builds the model, or returns it.
+        runs: System and policy of each row, the floor's excepted.
+        rows: What is known of each row; is added to.
+        length: Tokens of a step.
+        repeats: Turns of each row.
+        beside: What all turns of this call have in common.
+        save: Is called after each turn.
+    """
     failed: list[str] = []
-    for number in range(repeats):
-        for name, (system, policy) in runs.items():
-            row = rows.setdefault(name, {"times_ms": []})
-            if row.get("fits") is False or len(row["times_ms"]) > number or name in failed:
-                continue
-            row.pop("error", None)
-            row |= turn(bench(), system, policy, name in ON_HOST, length)
-            if "error" in row:
-                failed.append(name)
-            elif row["fits"]:
-                row["times_ms"].append(row.pop("took_ms"))
-            save()
-            print(f"  {name:<40} {outcome(row)}", flush=True)
+
+    def take_turn(name: str, system: str, policy: Policy, beside: Row) -> float | None:
+        row = rows.setdefault(name, {"turns": [], "chosen": None})
+        row.pop("error", None)
+        row |= turn(bench(), system, policy, name in ON_HOST, length)
+        took = row.pop("took_ms", None)
+        timed = "error" not in row and row["fits"]
+        if timed:
+            row["turns"].append({"ms": took, **beside})
+        elif "error" in row:
+            failed.append(name)
+        save()
+        print(f"  {name:<40} {outcome(row)}", flush=True)
+        return took if timed else None
+
+    for number in range(1, repeats + 1):
+        names = [name for name in left(runs, rows, number) if name not in failed]
+        if names:
+            floor_ms = None
+            if FLOOR not in failed and rows.get(FLOOR, {}).get("fits", True):
+                floor_ms = take_turn(FLOOR, FLOOR, RECOMPUTE, beside)
+            for name in names:
+                take_turn(name, *runs[name], {**beside, "floor_ms": floor_ms})
     return failed
+
+
+def left(runs: dict[str, tuple[str, Policy]], rows: dict[str, Row], repeats: int) -> list[str]:
+    """Return the rows that fit, as far as is known, and have had fewer turns."""
+    known = {name: rows.get(name, {"turns": []}) for name in runs}
+    return [name for name, row in known.items() if row.get("fits", True) and len(row["turns"]) < repeats]
 
 
 def turn(bench: Bench, system: str, policy: Policy, on_host: bool, length: int) -> Row:
@@ -130,35 +159,35 @@ def peak_bytes() -> int | None:
 
 
 def choose(arguments: argparse.Namespace, part: str) -> dict[str, tuple[str, Policy]]:
-    """Return the runs of a part that were asked for."""
+    """Return the runs of a part that were asked for, beside the floor."""
     if part == "systems":
-        return {name: (name, RECOMPUTE) for name in [FLOOR, *(arguments.systems or METHODS)]}
+        return {name: (name, RECOMPUTE) for name in arguments.systems or METHODS}
     names = arguments.policies or list(POLICIES)
     if not torch.cuda.is_available():
         names = [name for name in names if name != "transformers, offload"]  # it asks for pinned memory anyway
     return {name: ("seal-c", POLICIES[name]) for name in names}
 
 
-def summarize(parts: dict[str, Any]) -> None:
-    """Add to all rows of a length the median and the overhead, round by round, to the floor of the same attention."""
-    for part, measured in parts.items():
-        _, _, attention = part.partition(", ")
-        floor = parts.get(f"systems, {attention}", {"rows": {}})["rows"].get(FLOOR, {"times_ms": []})["times_ms"]
-        for row in measured["rows"].values() if attention else ():
-            if times := row["times_ms"]:
-                over = [100 * (time / base - 1) for time, base in zip(times, floor, strict=False)]
-                row |= {"ms": median(times), "min_ms": min(times), "max_ms": max(times)}
-                row["overhead_percent"] = median(over) if over else None
+def summarize(rows: dict[str, Row]) -> None:
+    """Add to each row the median, the overhead to the floor of the same round, and times of the call's FLOP floor."""
+    for row in rows.values():
+        if turns := row["turns"]:
+            times = [own["ms"] for own in turns]
+            row |= {"ms": median(times), "min_ms": min(times), "max_ms": max(times)}
+            over = [100 * (own["ms"] / own["floor_ms"] - 1) for own in turns if own.get("floor_ms")]
+            row["overhead_percent"] = median(over) if over else None
+            ratios = [own["ms"] / own["flop_floor_ms"] for own in turns if own["flop_floor_ms"]]
+            row["flop_floors"] = median(ratios) if ratios else None
 
 
 def outcome(row: Row) -> str:
     """Say in a few words how the last turn of a row ended."""
     if "error" in row:
         return row["error"]
-    return f"{row['times_ms'][-1]:10.1f} ms" if row["fits"] else "does not fit"
+    return f"{row['turns'][-1]['ms']:10.1f} ms" if row["fits"] else "does not fit"
 
 
-def show(length: int, part: str, rows: dict[str, Any], rates: dict[str, Any] | None) -> None:
+def show(length: int, part: str, rows: dict[str, Any]) -> None:
     """Print one part as a table."""
     print(f"\n{part}, batch 1, {length:,} tokens")
     if part == "rates":
@@ -170,11 +199,11 @@ def show(length: int, part: str, rows: dict[str, Any], rates: dict[str, Any] | N
         print(f"  default attention {rows['default attention']}; floor {rows['floor_ms'] / 1e3:.3f} s")
         return
     for name, row in rows.items():
-        if not row["times_ms"]:
+        if not row["turns"]:
             print(f"  {name:<40} {outcome(row)}")
             continue
         memory = "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 1e9:7.1f} GB"
-        floor = "" if rates is None else f"{row['ms'] / rates['floor_ms']:6.2f} x FLOP floor"
+        floor = "" if row["flop_floors"] is None else f"{row['flop_floors']:6.2f} x FLOP floor"
         over = "" if row["overhead_percent"] is None else f"{row['overhead_percent']:+6.1f} %"
         print(
             f"  {name:<40} {row['ms'] / 1e3:8.3f} s {1e3 * length / row['ms']:8.0f} tokens/s {over} {memory} {floor}"
@@ -187,7 +216,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", default="8b", choices=list(SIZES))
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16_384, 31_744])
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="in the order in which they are run")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="the rates come first")
     parser.add_argument("--systems", nargs="+", choices=list(METHODS), help="methods beside the floor; default: all")
     parser.add_argument("--policies", nargs="+", choices=list(POLICIES), help="default: all")
     parser.add_argument("--attention", default="default", choices=["default", *BACKENDS])
@@ -208,25 +237,30 @@ def main() -> None:
     for length in arguments.tokens:
         parts = record["results"].setdefault(str(length), {})
 
-        def save(parts: dict[str, Any] = parts) -> None:
-            summarize(parts)
-            write_json(arguments.output, record)
-
         # The kernel is part of the name, so that forcing the one that is the default anyway measures nothing again.
         forced = arguments.attention != "default"
         attention = arguments.attention if forced else default_attention(config, length, device)
-        for part in arguments.parts:
-            if part == "rates":
-                name = part
-                if part not in parts:
-                    parts[part] = {"rows": measure_rates(config, length, LABELS, device, arguments.repeats)}
-                    save()
-            else:
-                name = f"{part}, {attention} attention"
-                rows = parts.setdefault(name, {"rows": {}})["rows"]
-                with sdpa_kernel(BACKENDS[attention]) if forced else nullcontext():
-                    failed += rounds(bench, choose(arguments, part), rows, length, arguments.repeats, save)
-            show(length, name, parts[name]["rows"], parts["rates"]["rows"] if "rates" in parts else None)
+        chosen = {
+            f"{part}, {attention} attention": choose(arguments, part) for part in arguments.parts if part != "rates"
+        }
+        beside: Row = {"run": len(record["runs"]) - 1, "flop_floor_ms": None}
+        if "rates" in arguments.parts:
+            rows = {name: parts.get(name, {"rows": {}})["rows"] for name in chosen}
+            if "rates" not in parts or any(left(runs, rows[name], arguments.repeats) for name, runs in chosen.items()):
+                parts["rates"] = {"rows": measure_rates(config, length, LABELS, device, arguments.repeats)}
+                write_json(arguments.output, record)
+            show(length, "rates", parts["rates"]["rows"])
+            beside["flop_floor_ms"] = parts["rates"]["rows"]["floor_ms"]
+        for name, runs in chosen.items():
+            rows = parts.setdefault(name, {"rows": {}})["rows"]
+
+            def save(rows: dict[str, Row] = rows) -> None:
+                summarize(rows)
+                write_json(arguments.output, record)
+
+            with sdpa_kernel(BACKENDS[attention]) if forced else nullcontext():
+                failed += rounds(bench, runs, rows, length, arguments.repeats, beside, save)
+            show(length, name, rows)
     if failed:
         sys.exit(f"Rows ended with an error: {', '.join(failed)}. The same command tries them again.")
 

@@ -9,10 +9,12 @@ import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from pages import filled
 from seal_peft.data import read_samples
@@ -153,27 +155,28 @@ def step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 def test_the_benchmark_of_steps_adds_rows_to_its_file_and_fills_its_table(step) -> None:
     step("--repeats", "1", "--parts", "rates", "systems", "--systems", "seal-c")
-    step("--repeats", "1", "--parts", "policies", "--policies", "low")
+    step("--repeats", "1", "--parts", "rates", "policies", "--policies", "low")
     result = step("--repeats", "1", "--parts", "policies", "--policies", "auto")
     rates, systems, policies = result["results"]["32"]
     assert (rates, systems.split(", ")[0], policies.split(", ")[0]) == ("rates", "systems", "policies")
     rows = result["results"]["32"][policies]["rows"]
-    assert list(rows) == ["low", "auto"]
-    floor = result["results"]["32"][systems]["rows"]["frozen floor"]
-    assert rows["auto"]["overhead_percent"] == pytest.approx(100 * (rows["auto"]["ms"] / floor["ms"] - 1))
+    assert list(rows) == ["frozen floor", "low", "auto"]
+    first, second = rows["frozen floor"]["turns"]
+    assert [own["run"] for own in (first, second)] == [1, 2]
+    for name, floor in (("low", first), ("auto", second)):
+        assert rows[name]["overhead_percent"] == pytest.approx(100 * (rows[name]["ms"] / floor["ms"] - 1))
+    flop_floor = result["results"]["32"]["rates"]["rows"]["floor_ms"]  # of the second run, the last one with rates
+    assert rows["low"]["flop_floors"] == pytest.approx(rows["low"]["ms"] / flop_floor)
+    assert rows["auto"]["flop_floors"] is None
     for part in (systems, policies):
         for row in result["results"]["32"][part]["rows"].values():
             row["peak_bytes"] = 2e9  # of a GPU
-    rows["low"] |= {"times_ms": [], "error": "RuntimeError: no memory to pin"}
-    rows["fast"] = {"times_ms": [], "fits": False, "chosen": None}
     (table,) = filled("results/step-8b.json", result)
     assert f"| {systems}, 32 tokens |" in table
-    assert "| low | RuntimeError: no memory to pin |" in table
-    assert "| fast | does not fit |" in table
     assert rows["auto"]["chosen"] in table
     del result["results"]["32"]["rates"], result["results"]["32"][systems]
     for row in rows.values():
-        row["overhead_percent"] = None
+        row |= {"overhead_percent": None, "flop_floors": None}
     (table,) = filled("results/step-8b.json", result)
     assert "FLOP floor: " not in table
 
@@ -186,9 +189,30 @@ def test_a_killed_benchmark_of_steps_goes_on_with_the_turns_that_are_left(step, 
     (tmp_path / "step.json").write_text(json.dumps(once))
     twice = step("--repeats", "2", *words)
     before, after = (each["results"]["32"][part]["rows"] for each in (once, twice))
-    assert after["frozen floor"]["times_ms"][:1] == before["frozen floor"]["times_ms"]
-    assert [len(row["times_ms"]) for row in after.values()] == [2, 2]
+    assert after["frozen floor"]["turns"][:1] == before["frozen floor"]["turns"]
+    assert [len(row["turns"]) for row in after.values()] == [3, 2]
     assert step("--repeats", "2", *words) == twice
+
+
+def test_turns_are_compared_with_the_floor_of_their_own_round_only(step, tmp_path: Path) -> None:
+    words = ("--parts", "rates", "systems", "--systems", "seal-c", "seal-h")
+    once = step("--repeats", "1", *words)
+    rates, part = once["results"]["32"]
+    rows = once["results"]["32"][part]["rows"]
+    del rows["seal-h"]  # killed before its turn, on a machine that was a thousand times slower
+    slow = once["results"]["32"][rates]["rows"]["floor_ms"] * 1000
+    for row in rows.values():
+        (own,) = row["turns"]
+        row["turns"] = [{name: value if name == "run" else 1000 * value for name, value in own.items()}]
+    once["results"]["32"][rates]["rows"]["floor_ms"] = slow
+    (tmp_path / "step.json").write_text(json.dumps(once))
+    after = step("--repeats", "1", *words)["results"]["32"]
+    floors = after[part]["rows"]["frozen floor"]["turns"]
+    assert [own["run"] for own in floors] == [0, 1]
+    (old,), (new,) = (after[part]["rows"][name]["turns"] for name in ("seal-c", "seal-h"))
+    assert [own["floor_ms"] for own in (old, new)] == [own["ms"] for own in floors]
+    assert [old["flop_floor_ms"], new["flop_floor_ms"]] == [slow, after[rates]["rows"]["floor_ms"]]
+    assert after[part]["rows"]["seal-h"]["overhead_percent"] == pytest.approx(100 * (new["ms"] / floors[1]["ms"] - 1))
 
 
 def test_an_error_of_one_row_is_kept_in_it_and_the_other_rows_go_on(step, tmp_path: Path, monkeypatch) -> None:
@@ -204,11 +228,36 @@ def test_an_error_of_one_row_is_kept_in_it_and_the_other_rows_go_on(step, tmp_pa
         step(*words)
     (part,) = json.loads((tmp_path / "step.json").read_text())["results"]["32"].values()
     assert part["rows"]["low"]["error"] == "RuntimeError: nothing to pin"
-    assert len(part["rows"]["fast"]["times_ms"]) == 2
+    assert len(part["rows"]["fast"]["turns"]) == 2
     monkeypatch.setitem(step_systems.POLICIES, "low", real)
     (part,) = step(*words)["results"]["32"].values()
     assert "error" not in part["rows"]["low"]
-    assert len(part["rows"]["low"]["times_ms"]) == 2
+    assert len(part["rows"]["low"]["turns"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "cell"),
+    [
+        (torch.OutOfMemoryError("no memory"), "does not fit"),
+        (RuntimeError("a | b\nat this place"), r"RuntimeError: a \| b"),
+    ],
+)
+def test_a_row_that_ends_before_its_policy_is_chosen_has_its_outcome_in_the_table(
+    step, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, cell: str
+) -> None:
+    import step_systems
+
+    def fail(bench, length):
+        raise error
+
+    monkeypatch.setitem(step_systems.POLICIES, "low", fail)
+    with suppress(SystemExit):
+        step("--repeats", "1", "--parts", "policies", "--policies", "low")
+    result = json.loads((tmp_path / "step.json").read_text())
+    (part,) = result["results"]["32"].values()
+    part["rows"]["frozen floor"]["peak_bytes"] = 2e9  # of a GPU
+    (table,) = filled("results/step-8b.json", result)
+    assert f"| low | {cell} | | | |" in table
 
 
 def test_a_step_is_warmed_up_by_two_layers_at_its_full_length(step, monkeypatch: pytest.MonkeyPatch) -> None:

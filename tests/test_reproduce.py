@@ -189,6 +189,22 @@ def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.Captu
         stage.reproduce(stage.ReproduceArguments(["lime"]))
 
 
+def test_a_part_that_was_begun_with_another_batch_is_refused_and_its_samples_are_not(
+    done, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, words = done
+    before = result_of(folder)
+    assert seal(*words, "--per_device_eval_batch_size", "3") == 1
+    (part,) = (folder / "work/mini").iterdir()
+    message = error_of(capsys)
+    batch, other = ({"per_device_eval_batch_size": number} for number in (8, 3))
+    assert f"{part} holds work with {batch}, not {other}." in message
+    assert "give that number, or remove this folder to ask all again." in message
+    assert seal(*words, "--per_device_eval_batch_size", "3", "--samples_only") == 0
+    assert seal(*words) == 0
+    assert result_of(folder) == before
+
+
 def test_a_process_that_sees_several_gpus_is_told_to_be_one_of_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +260,18 @@ def test_batches_of_all_parts_have_as_many_tokens() -> None:
 def test_every_system_of_the_parts_reads_prompts_apart_so_that_memory_grows_with_tokens(extension: dict) -> None:
     config = SealConfig(task_type="CAUSAL_LM", **extension)
     assert can_prefill_apart(get_peft_model(models.llama(max_position_embeddings=8192), config))
+
+
+@pytest.mark.parametrize(
+    "change", [{"rate": 0.25}, {"warmup": 5}, {"extension": {"rope_parameters": {"factor": 2.0}}}]
+)
+def test_another_setting_of_a_training_has_an_adapter_and_answers_of_its_own(change: dict) -> None:
+    training = replace(MINI.trainings["seal-h"], extension={"rope_parameters": {"factor": 4.0}})
+    parts = [replace(MINI, trainings={"seal-h": each}) for each in (training, replace(training, **change))]
+    before, after = (run.Run("mini", part, stage.ReproduceArguments()) for part in parts)
+    assert before.folder != after.folder
+    paths = {each.adapter(each.part.trainings["seal-h"], 0) for each in (before, after)}
+    assert len(paths) == 2
 
 
 def test_parts_share_the_adapters_of_lines() -> None:

@@ -21,7 +21,6 @@ QUADRANTS = ("Q1=0.9", "Q3=0.9", "Q1=0.9,Q3=1.1")
 # For scales the best of four on SmolLM2 with four contexts a step (results/sites-native.json); LoRA's and DoRA's were
 # not searched so. The paper's, for 7B models, are 1e-2, 2e-2 and 2e-4.
 RATES = {"seal-h": 8e-2, "seal-c": 4e-2, "lora": 1e-3, "dora": 1e-3}
-METHODS = tuple(RATES)
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -62,21 +61,23 @@ class Training:
     """How an adapter comes about.
 
     Attributes:
-        method: One of `METHODS`, or `none` for an extension without scales, which is not trained.
+        method: A key of `RATES`, or `none` for an extension without scales, which is not trained.
         data: Samples to train on.
-        rate: Learning rate; `None` takes the one of the method.
+        rate: Learning rate.
         recipe: A key of `seal_peft.train.RECIPES`.
         batch: Contexts for each optimiser step.
         epochs: Passes over the samples.
+        warmup: Steps of warm-up of the recipe `default`; 10 are those with which `RATES` were searched.
         extension: Context extension that the adapter brings, as fields of `SealConfig`.
     """
 
     method: str
     data: Data
-    rate: float | None = None
+    rate: float
     recipe: str = "default"
     batch: int = 4
     epochs: int = 1
+    warmup: int = 10
     extension: Mapping[str, Any] = field(default_factory=dict)
 
     def other_config(self) -> PeftConfig | None:
@@ -116,7 +117,7 @@ def mixed(task: str, questions: int = 1) -> Data:
     return Data((task,), LENGTHS, 120, questions)
 
 
-_LINES = {method: Training(method, mixed("lines", 8)) for method in METHODS}
+_LINES = {method: Training(method, mixed("lines", 8), rate) for method, rate in RATES.items()}
 _FAR = Data(("lines",), (2048, 4096, 8192, 16384, 24576, 31744), 24, 16)
 _RULER = ("ruler_niah_multikey_1", "ruler_vt", "ruler_cwe", "ruler_fwe")
 
@@ -136,7 +137,7 @@ PARTS: dict[str, Part] = {
     "needle": Part(
         "Needle in a haystack, by depth and length.",
         "figure 5",
-        {method: Training(method, mixed("needle", 4)) for method in METHODS},
+        {method: Training(method, mixed("needle", 4), rate) for method, rate in RATES.items()},
         Data(("needle",), LENGTHS, 20, depths=(0.0, 0.25, 0.5, 0.75, 1.0)),
     ),
     "ruler": Part(
@@ -144,7 +145,7 @@ PARTS: dict[str, Part] = {
         "RULER, asked of Llama-3.1-8B",
         {
             "lines": _LINES["seal-c"],
-            **{task: Training("seal-c", mixed(task, 4 if "niah" in task else 1)) for task in _RULER},
+            **{task: Training("seal-c", mixed(task, 4 if "niah" in task else 1), RATES["seal-c"]) for task in _RULER},
         },
         Data((*_RULER, "lines"), (1024, 2048, 4096, 8192), 25),
         matrix="transfer",
@@ -153,10 +154,10 @@ PARTS: dict[str, Part] = {
         "Four times the window without training, alone and under SEAL-C.",
         "table 2",
         {
-            "ntk": Training("none", _FAR, extension=NTK),
-            "ntk+seal-c": Training("seal-c", _FAR, batch=1, extension=NTK),
-            "self-extend": Training("none", _FAR, extension=SELF_EXTEND),
-            "self-extend+seal-c": Training("seal-c", _FAR, batch=1, extension=SELF_EXTEND),
+            "ntk": Training("none", _FAR, 0.0, extension=NTK),
+            "ntk+seal-c": Training("seal-c", _FAR, RATES["seal-c"], batch=1, extension=NTK),
+            "self-extend": Training("none", _FAR, 0.0, extension=SELF_EXTEND),
+            "self-extend+seal-c": Training("seal-c", _FAR, RATES["seal-c"], batch=1, extension=SELF_EXTEND),
         },
         Data(("lines",), (4096, 8192, 16384, 24576, 31744), 50),
     ),
@@ -166,7 +167,10 @@ PARTS: dict[str, Part] = {
         {
             "lines": _LINES["seal-c"],
             # Four questions with their documents take up to 1.5K tokens.
-            **{task: Training("seal-c", Data((task,), LENGTHS[1:], 150, 4)) for task in ("qa_single", "qa_multi")},
+            **{
+                task: Training("seal-c", Data((task,), LENGTHS[1:], 150, 4), RATES["seal-c"])
+                for task in ("qa_single", "qa_multi")
+            },
         },
         Data(("qa_single", "qa_multi"), (2048, 4096, 8192), 100),
     ),

@@ -27,7 +27,7 @@ from ..statistics import summarise
 from ..systems import BASE
 from ..train import RECIPES, SealTrainingArguments, TrainArguments, train
 from ..tuner import SealConfig, save_adapter
-from .parts import QUADRANTS, RATES, Data, Part, Training
+from .parts import QUADRANTS, Data, Part, Training
 from .pictures import draw_grid, draw_transfer
 from .share import make_all
 
@@ -116,9 +116,9 @@ class Run:
 
     def adapter(self, training: Training, seed: int) -> Path:
         """Folder of an adapter; parts that need the same one share it."""
-        words = [training.method, f"{_rate(training):g}", training.recipe, f"{training.batch}x{training.epochs}"]
-        words += training.extension
-        return self.work / "adapters" / f"{training.data.name}-{'-'.join(words)}-{seed}"
+        words = [training.data.name, training.method, f"{training.rate:g}", training.recipe]
+        words += [fingerprint(asdict(training))[:8], str(seed)]
+        return self.work / "adapters" / "-".join(words)
 
     def train(self, training: Training, seed: int) -> None:
         """Train an adapter, or save an extension alone."""
@@ -128,7 +128,7 @@ class Run:
             save_adapter(get_peft_model(load_model(self.model), config), folder)
             write_json(folder / "run.json", {"trainable_parameters": 0, **provenance()})
             return
-        warmup = {"warmup_steps": 10} if training.recipe == "default" else {}  # as where the rates were searched
+        warmup = {"warmup_steps": training.warmup} if training.recipe == "default" else {}
         settings = SealTrainingArguments(
             output_dir=str(folder),
             seed=seed,
@@ -136,7 +136,7 @@ class Run:
                 **RECIPES[training.recipe],
                 **warmup,
                 "gradient_accumulation_steps": training.batch,
-                "learning_rate": _rate(training),
+                "learning_rate": training.rate,
                 "num_train_epochs": training.epochs,
                 # Contexts of 32K tokens do not fit beside other processes otherwise.
                 "activation_checkpointing": bool(training.extension),
@@ -258,7 +258,3 @@ class Run:
 
 
 _not_copied = shutil.ignore_patterns(".*.lock", "metrics.json")
-
-
-def _rate(training: Training) -> float:
-    return training.rate or RATES.get(training.method, 0.0)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -69,7 +69,7 @@ def reproduce(arguments: ReproduceArguments) -> str:
 
     Raises:
         ValueError: There is no such part, the process sees several GPUs, or the work folder holds work of another
-            model or size.
+            model, size or batch.
         ImportError: matplotlib is missing.
     """
     new_figure(1, 1)  # asked first: pictures come last
@@ -82,26 +82,36 @@ def reproduce(arguments: ReproduceArguments) -> str:
         )
     check_place(Path(arguments.output_dir))
     check_place(Path(arguments.work_dir))
-    _claim_folder(arguments)
+    _claim_folder(
+        Path(arguments.work_dir),
+        {"model": arguments.model_name_or_path, "size": arguments.size, "recipes": RECIPES},
+        "Choose another --work_dir.",
+    )
+    full = arguments.size == "full"
+    runs = [Run(name, PARTS[name] if full else shrunk(PARTS[name]), arguments) for name in arguments.parts]
+    if not arguments.samples_only:
+        for run in runs:
+            _claim_folder(
+                run.folder,
+                {"per_device_eval_batch_size": arguments.per_device_eval_batch_size},
+                "In bfloat16 other batches round otherwise: give that number, or remove this folder to ask all again.",
+            )
     shown = []
-    for name in arguments.parts:
-        part = PARTS[name] if arguments.size == "full" else shrunk(PARTS[name])
-        run = Run(name, part, arguments)
+    for run in runs:
         run.make_samples()
         if arguments.samples_only:
-            shown.append(f"{name}: the samples are in {run.work / 'data'}.")
+            shown.append(f"{run.name}: the samples are in {run.work / 'data'}.")
             continue
         metrics = run.finish()
-        shown.append(f"{name}: {part.about}\n\n{markdown_table(length_rows(metrics))}")
+        shown.append(f"{run.name}: {run.part.about}\n\n{markdown_table(length_rows(metrics))}")
     return "\n\n".join(shown)
 
 
-def _claim_folder(arguments: ReproduceArguments) -> None:
+def _claim_folder(folder: Path, settings: dict[str, Any], remedy: str) -> None:
     """Refuse a folder with work of other settings, which would be taken for this one's."""
-    path = Path(arguments.work_dir) / "settings.json"
-    settings = {"model": arguments.model_name_or_path, "size": arguments.size, "recipes": RECIPES}
+    path = folder / "settings.json"
     if not path.is_file():
         write_json(path, settings)
     before = read_json(path)
     if before != settings:
-        raise ValueError(f"{path.parent} holds work with {before}, not {settings}. Choose another --work_dir.")
+        raise ValueError(f"{folder} holds work with {before}, not {settings}. {remedy}")
