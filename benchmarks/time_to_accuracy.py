@@ -50,9 +50,11 @@ from seal_peft.tasks import Sample
 from seal_peft.tokens import AnswerCollator, encode_training
 
 REACHED = (0.90, 0.95)
-VALIDATION_SEED, CHOICE_SEED = 100_000, 200_000
+# Samples of a seed begin at this times the seed: further apart than any file is long, so that seeds share no sample.
+STRIDE = 100_000
+VALIDATION_SEED, CHOICE_SEED = 8 * STRIDE, 9 * STRIDE
 SEEDS = {
-    "training": "of each run, also of its samples",
+    "training": f"of each run; {STRIDE} times it of its samples",
     "validation samples": VALIDATION_SEED,
     "validation samples that are answered": CHOICE_SEED,
     "test samples": 0,
@@ -159,12 +161,16 @@ class Bench:
         """Make all files of samples."""
         size, longest, questions = self.size, self.size.lengths[-1], CENTRE.questions
         most = max(recipe.questions for recipe in KNOBS.values())
-        files = {"long-0": _parts(longest, size.long, most, 300)}
+        files: dict[str, list[Part]] = {}
         for seed in range(size.seeds):
-            mixed = [part for length in size.lengths for part in _parts(length, size.contexts, questions, seed)]
-            files |= {f"mixed-{seed}": mixed, f"full-{seed}": _parts(longest, size.full, 1, seed)}
-        files["valid"] = [(longest, size.valid, 1, VALIDATION_SEED)]
-        files["choice"] = _parts(longest, size.choice, 1, CHOICE_SEED // 1000)
+            first = STRIDE * seed
+            files[f"mixed-{seed}"] = [
+                part for length in size.lengths for part in _parts(length, size.contexts, questions, first)
+            ]
+            files[f"long-{seed}"] = _parts(longest, size.long, most, first)
+            files[f"full-{seed}"] = _parts(longest, size.full, 1, first)
+        files["valid"] = _parts(longest, size.valid, 1, VALIDATION_SEED)
+        files["choice"] = _parts(longest, size.choice, 1, CHOICE_SEED)
         files["test"] = _parts(longest, self.options.num_samples, 1, 0)
         make_lines(self.options.model, self.folder, files)
 
@@ -213,18 +219,14 @@ class Bench:
 
     def _training_samples(self, phase: str, recipe: Recipe, seed: int) -> list[Sample]:
         """The samples of a recipe; of shortened trainings the same share of every length."""
-        samples, limit = self.samples(f"{recipe.data}-{seed}"), recipe.max_length or self.size.lengths[-1]
+        limit = recipe.max_length or self.size.lengths[-1]
+        samples = [sample for sample in self.samples(f"{recipe.data}-{seed}") if sample.length <= limit]
         contexts = {"search": self.size.searched, "timing": self.size.timed}.get(phase)
         share = recipe.share if contexts is None else contexts / len(samples)
         by_length: dict[int, list[Sample]] = {}
         for sample in samples:
             by_length.setdefault(sample.length, []).append(first_questions(sample, recipe.questions))
-        return [
-            sample
-            for length, own in by_length.items()
-            if length <= limit
-            for sample in own[: max(1, round(share * len(own)))]
-        ]
+        return [sample for own in by_length.values() for sample in own[: max(1, round(share * len(own)))]]
 
     def test(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
         """Let the adapters of a training answer, from its end back to the first that falls short of all accuracies."""
@@ -375,10 +377,10 @@ def _reached(points: list[dict[str, Any]], target: float) -> dict[str, Any] | No
     return next(iter(points[max(below, default=-1) + 1 :]), None)
 
 
-def _parts(length: int, contexts: int, questions: int, seed: int, at_once: int = 50) -> list[Part]:
+def _parts(length: int, contexts: int, questions: int, first: int, at_once: int = 50) -> list[Part]:
     """Split a number of contexts, so that many processes have something to make."""
     starts = range(0, contexts, at_once)
-    return [(length, min(at_once, contexts - start), questions, 1000 * seed + start) for start in starts]
+    return [(length, min(at_once, contexts - start), questions, first + start) for start in starts]
 
 
 def _arguments(output: Path, recipe: Recipe, rate: float, seed: int) -> TrainingArguments:

@@ -1,6 +1,7 @@
 """Time to accuracy, on a tiny model: every job once, what it writes is what happened, and nothing is done twice."""
 
 import argparse
+import itertools
 import json
 import re
 import shutil
@@ -121,3 +122,32 @@ def test_fewer_questions_are_the_first_ones_of_the_same_context(bench):
     assert one.messages == sample.messages[:1]
     assert one.target == sample.messages[1]["content"]
     assert script.first_questions(sample, 16) == sample
+
+
+def test_seeds_share_no_sample_and_none_with_validation(bench, monkeypatch):
+    script, made = bench
+    asked: dict[str, list] = {}
+    monkeypatch.setattr(script, "make_lines", lambda model, folder, files: asked.update(files))
+    monkeypatch.setattr(made, "size", script.SIZES["full"])
+    made.data()
+    seeds = {
+        name: {(length, first + i) for length, contexts, _, first in parts for i in range(contexts)}
+        for name, parts in asked.items()
+        if name != "test"  # of the other split
+    }
+    assert all(len(seeds[f"{data}-{seed}"]) > 300 for data in ("mixed", "long", "full") for seed in range(3))
+    for one, other in itertools.combinations(seeds, 2):
+        if one[-2:] != other[-2:] or one in ("valid", "choice"):
+            assert not seeds[one] & seeds[other], (one, other)
+
+
+def test_a_short_training_has_its_number_of_contexts_under_a_recipe_that_leaves_out_lengths(bench, monkeypatch):
+    script, made = bench
+    lengths = [length for length in (1536, 2048, 4096, 6144, 8192) for _ in range(120)]
+    (sample,) = made.samples("mixed-0")[:1]
+    monkeypatch.setattr(made, "samples", lambda name: [replace(sample, length=length) for length in lengths])
+    monkeypatch.setattr(made, "size", script.SIZES["full"])
+    half = replace(script.CENTRE, max_length=4096)
+    for phase, contexts in {"search": 200, "timing": 100}.items():
+        assert len(made._training_samples(phase, half, 0)) == pytest.approx(contexts, abs=2)
+    assert len(made._training_samples("final", replace(half, share=0.5), 0)) == 180
