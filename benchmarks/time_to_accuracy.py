@@ -68,7 +68,7 @@ class Size:
     Attributes:
         lengths: Training lengths in tokens; the last one is tested.
         contexts: Training contexts of each.
-        full: Contexts of the paper's recipe, all at the last length: enough to show that ours needs a fifth.
+        full: Contexts of the paper's recipe, all at the last length: nearly four times the tokens of ours.
         long: Contexts of the knobs with the last length only: about as many tokens as ours.
         valid: Validation contexts, for the loss.
         choice: Validation samples that knobs answer.
@@ -89,18 +89,25 @@ class Size:
 
 
 SIZES = {
-    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 2400, 325, 24, 100, 200, 100, 3),
+    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 1200, 325, 24, 100, 200, 100, 3),
     "tiny": Size((1536, 2600), 4, 6, 4, 2, 2, 2, 2, 1),
 }
 
 
 class Clock(TrainerCallback):
-    """Notes the seconds of training and the tokens at some steps, and saves the adapter there if it is to answer."""
+    """Notes the seconds of training and the tokens at some steps, and saves the adapter there if it is to answer.
 
-    def __init__(self, model: Any, folder: Path | None, points: int) -> None:
-        self.model, self.folder, self.count = model, folder, points
+    A training whose adapters are to answer is long: it leaves a checkpoint there too, from which a killed one goes on.
+    """
+
+    def __init__(self, model: Any, folder: Path | None, points: int, job: dict[str, Any]) -> None:
+        self.model, self.folder, self.count, self.job = model, folder, points, job
         self.points: list[dict[str, Any]] = []
-        self.seconds, self.started = 0.0, 0.0
+        self.started, self.checkpoint = 0.0, None
+        if folder and (folder / "clock.json").is_file():
+            known = json.loads((folder / "clock.json").read_text())
+            self.points, self.checkpoint = known["points"], str(folder / known["checkpoint"])
+        self.seconds = self.points[-1]["seconds_shared"] if self.points else 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Choose the steps and start the clock."""
@@ -116,7 +123,21 @@ class Clock(TrainerCallback):
         self.points.append(point)
         if self.folder:
             self.model.save_pretrained(str(self.folder / f"step-{state.global_step}"))
+            control.should_save = True  # the checkpoint, after this; the clock stands until it is there
         self.started = now()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Name the checkpoint, now that it is whole, and start the clock again."""
+        known = {"checkpoint": f"checkpoint-{state.global_step}", "points": self.points}
+        write_json(Path(args.output_dir) / "clock.json", {**self.job, **known})
+        self.started = now()
+
+    def remove_checkpoints(self) -> None:
+        """Remove what only a training that is under way needs."""
+        if self.folder:
+            (self.folder / "clock.json").unlink(missing_ok=True)
+            for checkpoint in self.folder.glob("checkpoint-*"):
+                shutil.rmtree(checkpoint)
 
 
 def now() -> float:
@@ -182,6 +203,17 @@ class Bench:
         """Tokens and labels of samples."""
         return [encode_training(sample, self.tokenizer) for sample in samples]
 
+    def check(self) -> None:
+        """Refuse a work folder with trainings of other recipes, finished or under way, before any job."""
+        for path in sorted([*self.folder.glob("*/*/run.json"), *self.folder.glob("*/*/clock.json")]):
+            recipes, job = KNOBS if path.parts[-3] == "knobs" else SYSTEMS, json.loads(path.read_text())
+            recipe = recipes.get(job["system"])
+            if recipe and job["recipe"] != asdict(recipe):
+                raise ValueError(
+                    f"{path.parent} was trained with {job['recipe']}, not {recipe}: remove all folders of "
+                    f"{job['system']!r} in {path.parents[1]} and the other phases, or use another --work."
+                )
+
     def path(self, phase: str, system: str, rate: float, seed: int) -> Path:
         """Folder of one job."""
         return self.folder / phase / f"{system}-{rate:g}-{seed}"
@@ -190,10 +222,7 @@ class Bench:
         """Train one adapter, unless it is there; return what it cost, point by point."""
         output, recipe = self.path(phase, system, rate, seed), (KNOBS if phase == "knobs" else SYSTEMS)[system]
         if (output / "run.json").is_file():
-            run = json.loads((output / "run.json").read_text())
-            if run["recipe"] != asdict(recipe):
-                raise ValueError(f"{output} was trained with {run['recipe']}, not {recipe}: use another --work.")
-            return run
+            return json.loads((output / "run.json").read_text())
         torch.manual_seed(seed)
         kind, settings, _ = METHODS[recipe.method]
         base = load_model(self.options.model)
@@ -201,11 +230,14 @@ class Bench:
         model = get_peft_model(base, kind(**settings, task_type="CAUSAL_LM"))
         rows = self.rows(self._training_samples(phase, recipe, seed))
         collator = AnswerCollator(self.tokenizer.pad_token_id)
-        clock = Clock(model, output if phase in ("final", "knobs") else None, self.options.points)
+        answers = phase in ("final", "knobs")
+        points = self.points(rows) if answers else self.options.points
+        job = {"system": system, "recipe": asdict(recipe)}
+        clock = Clock(model, output if answers else None, points, job)
         trainer = Trainer(model, _arguments(output, recipe, rate, seed), collator, rows, callbacks=[clock])
-        trainer.train()
+        trainer.train(resume_from_checkpoint=clock.checkpoint)
         run = {
-            "recipe": asdict(recipe),
+            **job,
             "points": clock.points,
             "contexts": len(rows),
             "parameters": model.get_nb_trainable_parameters()[0],
@@ -215,7 +247,13 @@ class Bench:
             **provenance(),
         }
         write_json(output / "run.json", run)
+        clock.remove_checkpoints()
         return run
+
+    def points(self, rows: list[dict[str, list[int]]]) -> int:
+        """How often a training is tested: after as many tokens as ours, so that nobody has the coarser grid."""
+        apart = sum(self.size.lengths) * self.size.contexts / self.options.points
+        return max(1, round(sum(len(row["input_ids"]) for row in rows) / apart))
 
     def _training_samples(self, phase: str, recipe: Recipe, seed: int) -> list[Sample]:
         """The samples of a recipe; of shortened trainings the same share of every length."""
@@ -395,7 +433,8 @@ def _arguments(output: Path, recipe: Recipe, rate: float, seed: int) -> Training
         max_grad_norm=recipe.clip,
         include_num_input_tokens_seen="all",
         logging_steps=10,
-        save_strategy="no",
+        save_strategy="no",  # the clock says when
+        save_total_limit=2,  # the one before stays until the clock names the new one
         report_to="none",
         seed=seed,
         dataloader_pin_memory=False,
@@ -445,13 +484,14 @@ def main() -> None:
     parser.add_argument("--work", default="runs/tta")
     parser.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy.json"))
     parser.add_argument("--num_samples", type=int, default=200, help="test samples")
-    parser.add_argument("--points", type=int, default=10, help="points of each training at which it is tested")
+    parser.add_argument("--points", type=int, default=10, help="points at which ours is tested; others as densely")
     parser.add_argument("--batch_tokens", type=int, default=100_000, help="tokens that are answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin no job later than this")
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options)
+    bench.check()
     if options.verb == "work":
         torch.set_num_threads(1)
         bench.work(options.phases[0])

@@ -5,6 +5,7 @@ import itertools
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,11 +98,56 @@ def test_a_second_call_finds_everything_done(bench, monkeypatch):
         assert made.work(phase)
 
 
-def test_what_was_trained_with_another_recipe_is_not_taken(bench, monkeypatch):
+def test_what_was_trained_with_another_recipe_is_refused_before_any_job(bench, monkeypatch):
     script, made = bench
-    monkeypatch.setitem(script.SYSTEMS, "seal-c", replace(script.SYSTEMS["seal-c"], batch=4))
-    with pytest.raises(ValueError, match=r"was trained with .*'batch': 2.*, not Recipe\(.*batch=4.*another --work"):
-        made.train(*made.jobs("final")[0])
+    made.check()
+    with monkeypatch.context() as patch:
+        patch.setitem(script.SYSTEMS, "seal-c", replace(script.SYSTEMS["seal-c"], batch=4))
+        words = ["time_to_accuracy.py", "run", "--size", "tiny", "--work", made.options.work]
+        patch.setattr(sys, "argv", [*words, "--model", made.options.model, "--systems", "seal-c"])
+        patch.setattr(script, "spread", None)
+        message = r"trained with .*'batch': 2.*, not Recipe\(.*batch=4.*remove all folders of 'seal-c' in .*--work"
+        with pytest.raises(ValueError, match=message):
+            script.main()
+    # What the knobs found stays when ours is chosen by it.
+    monkeypatch.setitem(script.KNOBS, "nothing", replace(script.CENTRE, batch=4))
+    with pytest.raises(ValueError, match="remove all folders of 'nothing' in .*knobs"):
+        made.check()
+
+
+def test_a_killed_training_goes_on_from_its_last_point_with_its_clock(bench, monkeypatch, tmp_path):
+    script, made = bench
+    (job, *_) = made.jobs("final")
+    whole = made.train(*job)
+    save = script.Clock.on_save
+
+    def killed(*given, **named):
+        save(*given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made, "path", lambda *given: tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Clock, "on_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made.train(*job)
+    (before,) = json.loads((tmp_path / "clock.json").read_text())["points"]
+    run = made.train(*job)
+    assert run["points"][0] == before
+    assert run["points"][1]["seconds_shared"] > before["seconds_shared"]
+    assert [(p["step"], p["tokens"]) for p in run["points"]] == [(p["step"], p["tokens"]) for p in whole["points"]]
+    assert run["valid_loss"] == whole["valid_loss"]
+    # Nothing stays that only an unfinished training needs.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "step-1", "step-2"]
+
+
+def test_a_longer_training_has_more_points_not_a_coarser_grid(bench, monkeypatch):
+    script, made = bench
+    monkeypatch.setattr(made, "size", script.SIZES["full"])
+    ours = [{"input_ids": [0] * length} for length in made.size.lengths] * made.size.contexts
+    paper = [{"input_ids": [0] * made.size.lengths[-1]}] * made.size.full
+    assert made.points(ours) == POINTS
+    assert made.points(paper) == round(POINTS * 1200 * 8192 / (120 * 22016)) == 7
+    assert made.points(ours[:5]) == 1
 
 
 def test_the_other_wording_keeps_keys_and_numbers_and_nothing_else(bench):
