@@ -6,18 +6,19 @@ over as many learning rates, on as many contexts. The rate with the lowest loss 
 all seeds. Adapters are saved at several points of the training, with the clock stopped, and answer 200 held-out
 samples; the last one also answers them in another wording.
 
-Our recipe was chosen before: `knobs` trains SEAL-C with one setting changed at a time, each with two learning rates,
+Our recipe is chosen before: `knobs` trains SEAL-C with one setting changed at a time, each with two learning rates,
 and `choice` lets the better of the two answer validation samples, in both wordings.
 
 Several processes share a GPU, so their seconds are not those of a training: `timing` trains each system once more,
 alone on its GPU and shorter, and the seconds to an accuracy are the tokens to it times seconds per token there.
 
     python benchmarks/time_to_accuracy.py data --work runs/tta                # needs the tokenizer only
-    python benchmarks/time_to_accuracy.py run --work runs/tta --workers 8
+    python benchmarks/time_to_accuracy.py run --phases knobs choice --work runs/tta --workers 8
+    python benchmarks/time_to_accuracy.py run --phases timing search final --work runs/tta --workers 8  # see OURS
     python benchmarks/time_to_accuracy.py merge --work runs/tta --output results/time-to-accuracy.json
     python benchmarks/time_to_accuracy.py all --size tiny --work runs/tta-tiny  # a trial on a CPU
 
-`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does all three.
+`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does everything.
 """
 
 from __future__ import annotations
@@ -333,8 +334,10 @@ class Bench:
         """Validation loss of a system or knob with each of its learning rates."""
         knob = name in KNOBS
         phase, rates = ("knobs", KNOB_RATES) if knob else ("search", METHODS[SYSTEMS[name].method][2])
-        runs = {rate: json.loads((self.path(phase, name, rate, 0) / "run.json").read_text()) for rate in rates}
-        return {rate: run["valid_loss"] for rate, run in runs.items()}
+        paths = {rate: self.path(phase, name, rate, 0) / "run.json" for rate in rates}
+        if missing := [path for path in paths.values() if not path.is_file()]:
+            raise ValueError(f"{missing[0]} is not there yet: `run --phases {phase}` comes first.")
+        return {rate: json.loads(path.read_text())["valid_loss"] for rate, path in paths.items()}
 
     def best(self, name: str) -> float:
         """Learning rate with the lowest validation loss."""
@@ -467,7 +470,8 @@ def merge(bench: Bench) -> None:
     if missing := next(filter(None, map(bench.left, ("timing", "search", "final"))), []):
         sys.exit(f"{len(missing)} jobs are left, {missing[0]} first: use `run`.")
     result = bench.summary()
-    runs = [run for entry in result["systems"].values() for run in entry["runs"]]
+    phases = ["timing", "search", "final", *(["knobs"] if result["knobs"] else [])]
+    runs = [bench.train(*job) for phase in phases for job in bench.jobs(phase)]
     write_json(bench.options.output, {"task": "lines", "seeds": SEEDS, **result, **source_of(runs)})
     print(f"{table(result['systems'])}\nwritten to {bench.options.output}")
 
@@ -476,7 +480,7 @@ def main() -> None:
     """Read the command line and run one verb."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["data", "run", "merge", "all", "work"])
-    phases = ["timing", "search", "final", "knobs", "choice"]
+    phases = ["knobs", "choice", "timing", "search", "final"]
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="of all phases but knobs")
     parser.add_argument("--size", choices=SIZES, default="full")

@@ -17,7 +17,7 @@ from stages import save_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 POINTS, SYSTEMS, KNOBS = 2, ["seal-c"], ["nothing", "full length only, 32 questions"]
-PHASES = ("timing", "search", "final", "knobs", "choice")
+PHASES = ("knobs", "choice", "timing", "search", "final")
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +55,11 @@ def test_tokens_and_points_are_those_of_the_training(bench):
         assert len(entry["search"]) == 2
     main, knobs = filled("results/time-to-accuracy.json", result)
     assert "| seal-c | 96 |" in main
-    assert set(KNOBS) == {line.split(" | ")[0].removeprefix("| ") for line in knobs.strip().splitlines()[2:]}
+    rows = [line for line in knobs.splitlines() if line.startswith("| ")]
+    assert set(KNOBS) == {row.split(" | ")[0].removeprefix("| ") for row in rows[2:]}
+    assert "Our recipe was chosen from this table" in knobs
+    _, without = filled("results/time-to-accuracy.json", {**result, "knobs": {}})
+    assert without.strip() == "Not measured: our recipe was chosen without it."
     assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
 
 
@@ -113,6 +117,27 @@ def test_what_was_trained_with_another_recipe_is_refused_before_any_job(bench, m
     monkeypatch.setitem(script.KNOBS, "nothing", replace(script.CENTRE, batch=4))
     with pytest.raises(ValueError, match="remove all folders of 'nothing' in .*knobs"):
         made.check()
+
+
+def test_a_phase_whose_learning_rates_are_not_searched_yet_names_the_phase_that_is_missing(
+    bench, monkeypatch, tmp_path
+):
+    script, made = bench
+    monkeypatch.setattr(made, "folder", tmp_path)
+    for phase, first in {"choice": "knobs", "final": "search"}.items():
+        with pytest.raises(
+            ValueError, match=rf"{first}/.*run.json is not there yet: `run --phases {first}` comes first"
+        ):
+            made.left(phase)
+
+
+def test_the_file_names_the_devices_of_all_phases(bench, monkeypatch):
+    script, made = bench
+    devices = {"timing": "H200", "search": "H100", "final": "A100", "knobs": "L40S"}
+    real = made.train
+    monkeypatch.setattr(made, "train", lambda phase, *job: {**real(phase, *job), "device": devices[phase]})
+    script.merge(made)
+    assert json.loads(made.options.output.read_text())["device"] == "A100, H100, H200, L40S"
 
 
 def test_a_killed_training_goes_on_from_its_last_point_with_its_clock(bench, monkeypatch, tmp_path):
