@@ -52,10 +52,12 @@ from seal_peft.tokens import AnswerCollator, encode_training
 
 REACHED = (0.90, 0.95)
 # Samples of a seed begin at this times the seed: further apart than any file is long, so that seeds share no sample.
-STRIDE = 100_000
-VALIDATION_SEED, CHOICE_SEED = 8 * STRIDE, 9 * STRIDE
+STRIDE = 10_000
+VALIDATION_SEED, CHOICE_SEED, LONG_SEED = 100_000, 200_000, 300_000
 SEEDS = {
-    "training": f"of each run; {STRIDE} times it of its samples",
+    "training": "of each run",
+    "training samples": f"{STRIDE} times that of the run",
+    "training samples at full length only": f"{LONG_SEED} and {STRIDE} times that of the run",
     "validation samples": VALIDATION_SEED,
     "validation samples that are answered": CHOICE_SEED,
     "test samples": 0,
@@ -101,8 +103,8 @@ class Clock(TrainerCallback):
     A training whose adapters are to answer is long: it leaves a checkpoint there too, from which a killed one goes on.
     """
 
-    def __init__(self, model: Any, folder: Path | None, points: int, job: dict[str, Any]) -> None:
-        self.model, self.folder, self.count, self.job = model, folder, points, job
+    def __init__(self, model: Any, folder: Path | None, points: int, recipe: Recipe) -> None:
+        self.model, self.folder, self.count, self.recipe = model, folder, points, recipe
         self.points: list[dict[str, Any]] = []
         self.started, self.checkpoint = 0.0, None
         if folder and (folder / "clock.json").is_file():
@@ -129,8 +131,9 @@ class Clock(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Name the checkpoint, now that it is whole, and start the clock again."""
-        known = {"checkpoint": f"checkpoint-{state.global_step}", "points": self.points}
-        write_json(Path(args.output_dir) / "clock.json", {**self.job, **known})
+        checkpoint, recipe = f"checkpoint-{state.global_step}", asdict(self.recipe)
+        known = {"recipe": recipe, "checkpoint": checkpoint, "points": self.points}
+        write_json(Path(args.output_dir) / "clock.json", known)
         self.started = now()
 
     def remove_checkpoints(self) -> None:
@@ -189,7 +192,7 @@ class Bench:
             files[f"mixed-{seed}"] = [
                 part for length in size.lengths for part in _parts(length, size.contexts, questions, first)
             ]
-            files[f"long-{seed}"] = _parts(longest, size.long, most, first)
+            files[f"long-{seed}"] = _parts(longest, size.long, most, LONG_SEED + first)
             files[f"full-{seed}"] = _parts(longest, size.full, 1, first)
         files["valid"] = _parts(longest, size.valid, 1, VALIDATION_SEED)
         files["choice"] = _parts(longest, size.choice, 1, CHOICE_SEED)
@@ -207,12 +210,13 @@ class Bench:
     def check(self) -> None:
         """Refuse a work folder with trainings of other recipes, finished or under way, before any job."""
         for path in sorted([*self.folder.glob("*/*/run.json"), *self.folder.glob("*/*/clock.json")]):
-            recipes, job = KNOBS if path.parts[-3] == "knobs" else SYSTEMS, json.loads(path.read_text())
-            recipe = recipes.get(job["system"])
-            if recipe and job["recipe"] != asdict(recipe):
+            system, _, _ = path.parent.name.rsplit("-", 2)
+            recipe = (KNOBS if path.parts[-3] == "knobs" else SYSTEMS).get(system)
+            trained = json.loads(path.read_text())["recipe"]
+            if recipe and trained != asdict(recipe):
                 raise ValueError(
-                    f"{path.parent} was trained with {job['recipe']}, not {recipe}: remove all folders of "
-                    f"{job['system']!r} in {path.parents[1]} and the other phases, or use another --work."
+                    f"{path.parent} was trained with {trained}, not {recipe}: remove all folders of {system!r} in "
+                    f"{path.parents[1]} and the other phases, or use another --work."
                 )
 
     def path(self, phase: str, system: str, rate: float, seed: int) -> Path:
@@ -233,12 +237,11 @@ class Bench:
         collator = AnswerCollator(self.tokenizer.pad_token_id)
         answers = phase in ("final", "knobs")
         points = self.points(rows) if answers else self.options.points
-        job = {"system": system, "recipe": asdict(recipe)}
-        clock = Clock(model, output if answers else None, points, job)
+        clock = Clock(model, output if answers else None, points, recipe)
         trainer = Trainer(model, _arguments(output, recipe, rate, seed), collator, rows, callbacks=[clock])
         trainer.train(resume_from_checkpoint=clock.checkpoint)
         run = {
-            **job,
+            "recipe": asdict(recipe),
             "points": clock.points,
             "contexts": len(rows),
             "parameters": model.get_nb_trainable_parameters()[0],
@@ -495,7 +498,8 @@ def main() -> None:
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options)
-    bench.check()
+    if options.verb != "work":  # workers are begun by what has checked
+        bench.check()
     if options.verb == "work":
         torch.set_num_threads(1)
         bench.work(options.phases[0])
