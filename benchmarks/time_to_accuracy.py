@@ -39,8 +39,9 @@ from typing import Any
 import torch
 from jobs import Part, do_jobs, interval_over_seeds, make_lines, mean_loss, score_answers, source_of, spread
 from peft import PeftModel, get_peft_model
+from time_clock import Clock
 from time_systems import CENTRE, KNOB_RATES, KNOBS, METHODS, SLOWEST, SYSTEMS, Recipe
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from seal_peft.data import read_samples
 from seal_peft.files import write_json
@@ -57,7 +58,7 @@ VALIDATION_SEED, CHOICE_SEED, LONG_SEED = 100_000, 200_000, 300_000
 SEEDS = {
     "training": "of each run",
     "training samples": f"{STRIDE} times that of the run",
-    "training samples at full length only": f"{LONG_SEED} and {STRIDE} times that of the run",
+    "training samples of the file long": f"{LONG_SEED} and {STRIDE} times that of the run",
     "validation samples": VALIDATION_SEED,
     "validation samples that are answered": CHOICE_SEED,
     "test samples": 0,
@@ -95,60 +96,6 @@ SIZES = {
     "full": Size((1536, 2048, 4096, 6144, 8192), 120, 1200, 325, 24, 100, 200, 100, 3),
     "tiny": Size((1536, 2600), 4, 6, 4, 2, 2, 2, 2, 1),
 }
-
-
-class Clock(TrainerCallback):
-    """Notes the seconds of training and the tokens at some steps, and saves the adapter there if it is to answer.
-
-    A training whose adapters are to answer is long: it leaves a checkpoint there too, from which a killed one goes on.
-    """
-
-    def __init__(self, model: Any, folder: Path | None, points: int, recipe: Recipe) -> None:
-        self.model, self.folder, self.count, self.recipe = model, folder, points, recipe
-        self.points: list[dict[str, Any]] = []
-        self.started, self.checkpoint = 0.0, None
-        if folder and (folder / "clock.json").is_file():
-            known = json.loads((folder / "clock.json").read_text())
-            self.points, self.checkpoint = known["points"], str(folder / known["checkpoint"])
-        self.seconds = self.points[-1]["seconds_shared"] if self.points else 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose the steps and start the clock."""
-        self.steps = {max(1, round(state.max_steps * (i + 1) / self.count)) for i in range(self.count)}
-        self.started = now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock, save, and start it again."""
-        if state.global_step not in self.steps:
-            return
-        self.seconds += now() - self.started
-        point = {"step": state.global_step, "tokens": state.num_input_tokens_seen, "seconds_shared": self.seconds}
-        self.points.append(point)
-        if self.folder:
-            self.model.save_pretrained(str(self.folder / f"step-{state.global_step}"))
-            control.should_save = True  # the checkpoint, after this; the clock stands until it is there
-        self.started = now()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Name the checkpoint, now that it is whole, and start the clock again."""
-        checkpoint, recipe = f"checkpoint-{state.global_step}", asdict(self.recipe)
-        known = {"recipe": recipe, "checkpoint": checkpoint, "points": self.points}
-        write_json(Path(args.output_dir) / "clock.json", known)
-        self.started = now()
-
-    def remove_checkpoints(self) -> None:
-        """Remove what only a training that is under way needs."""
-        if self.folder:
-            (self.folder / "clock.json").unlink(missing_ok=True)
-            for checkpoint in self.folder.glob("checkpoint-*"):
-                shutil.rmtree(checkpoint)
-
-
-def now() -> float:
-    """Seconds, after all that the GPU was given to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def first_questions(sample: Sample, count: int) -> Sample:
