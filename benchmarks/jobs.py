@@ -138,8 +138,8 @@ def spread(words: Sequence[str], workers: int) -> None:
     Raises:
         SystemExit: One of them failed; what the others finished stays.
     """
-    gpus = [word for word in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if word]
-    gpus = gpus or [str(number) for number in range(max(1, torch.cuda.device_count()))]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")  # an empty one hides all GPUs from the workers, too
+    gpus = list(map(str, range(max(1, torch.cuda.device_count())))) if seen is None else seen.split(",")
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     running = []
     try:

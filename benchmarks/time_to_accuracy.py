@@ -6,18 +6,19 @@ over as many learning rates, on as many contexts. The rate with the lowest loss 
 all seeds. Adapters are saved at several points of the training, with the clock stopped, and answer 200 held-out
 samples; the last one also answers them in another wording.
 
-Our recipe was chosen before: `knobs` trains SEAL-C with one setting changed at a time, each with two learning rates,
+Our recipe is chosen before: `knobs` trains SEAL-C with one setting changed at a time, each with two learning rates,
 and `choice` lets the better of the two answer validation samples, in both wordings.
 
 Several processes share a GPU, so their seconds are not those of a training: `timing` trains each system once more,
 alone on its GPU and shorter, and the seconds to an accuracy are the tokens to it times seconds per token there.
 
     python benchmarks/time_to_accuracy.py data --work runs/tta                # needs the tokenizer only
-    python benchmarks/time_to_accuracy.py run --work runs/tta --workers 8
+    python benchmarks/time_to_accuracy.py run --phases knobs choice --work runs/tta --workers 8
+    python benchmarks/time_to_accuracy.py run --phases timing search final --work runs/tta --workers 8  # see OURS
     python benchmarks/time_to_accuracy.py merge --work runs/tta --output results/time-to-accuracy.json
     python benchmarks/time_to_accuracy.py all --size tiny --work runs/tta-tiny  # a trial on a CPU
 
-`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does all three.
+`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does everything.
 """
 
 from __future__ import annotations
@@ -38,8 +39,9 @@ from typing import Any
 import torch
 from jobs import Part, do_jobs, interval_over_seeds, make_lines, mean_loss, score_answers, source_of, spread
 from peft import PeftModel, get_peft_model
+from time_clock import Clock
 from time_systems import CENTRE, KNOB_RATES, KNOBS, METHODS, SLOWEST, SYSTEMS, Recipe
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 from seal_peft.data import read_samples
 from seal_peft.files import write_json
@@ -50,9 +52,13 @@ from seal_peft.tasks import Sample
 from seal_peft.tokens import AnswerCollator, encode_training
 
 REACHED = (0.90, 0.95)
-VALIDATION_SEED, CHOICE_SEED = 100_000, 200_000
+# Samples of a seed begin at this times the seed: further apart than any file is long, so that seeds share no sample.
+STRIDE = 10_000
+VALIDATION_SEED, CHOICE_SEED, LONG_SEED = 100_000, 200_000, 300_000
 SEEDS = {
-    "training": "of each run, also of its samples",
+    "training": "of each run",
+    "training samples": f"{STRIDE} times that of the run",
+    "training samples of the file long": f"{LONG_SEED} and {STRIDE} times that of the run",
     "validation samples": VALIDATION_SEED,
     "validation samples that are answered": CHOICE_SEED,
     "test samples": 0,
@@ -66,7 +72,7 @@ class Size:
     Attributes:
         lengths: Training lengths in tokens; the last one is tested.
         contexts: Training contexts of each.
-        full: Contexts of the paper's recipe, all at the last length: enough to show that ours needs a fifth.
+        full: Contexts of the paper's recipe, all at the last length: nearly four times the tokens of ours.
         long: Contexts of the knobs with the last length only: about as many tokens as ours.
         valid: Validation contexts, for the loss.
         choice: Validation samples that knobs answer.
@@ -87,41 +93,9 @@ class Size:
 
 
 SIZES = {
-    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 2400, 325, 24, 100, 200, 100, 3),
+    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 1200, 325, 24, 100, 200, 100, 3),
     "tiny": Size((1536, 2600), 4, 6, 4, 2, 2, 2, 2, 1),
 }
-
-
-class Clock(TrainerCallback):
-    """Notes the seconds of training and the tokens at some steps, and saves the adapter there if it is to answer."""
-
-    def __init__(self, model: Any, folder: Path | None, points: int) -> None:
-        self.model, self.folder, self.count = model, folder, points
-        self.points: list[dict[str, Any]] = []
-        self.seconds, self.started = 0.0, 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Choose the steps and start the clock."""
-        self.steps = {max(1, round(state.max_steps * (i + 1) / self.count)) for i in range(self.count)}
-        self.started = now()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop the clock, save, and start it again."""
-        if state.global_step not in self.steps:
-            return
-        self.seconds += now() - self.started
-        point = {"step": state.global_step, "tokens": state.num_input_tokens_seen, "seconds_shared": self.seconds}
-        self.points.append(point)
-        if self.folder:
-            self.model.save_pretrained(str(self.folder / f"step-{state.global_step}"))
-        self.started = now()
-
-
-def now() -> float:
-    """Seconds, after all that the GPU was given to do."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
 
 
 def first_questions(sample: Sample, count: int) -> Sample:
@@ -159,12 +133,16 @@ class Bench:
         """Make all files of samples."""
         size, longest, questions = self.size, self.size.lengths[-1], CENTRE.questions
         most = max(recipe.questions for recipe in KNOBS.values())
-        files = {"long-0": _parts(longest, size.long, most, 300)}
+        files: dict[str, list[Part]] = {}
         for seed in range(size.seeds):
-            mixed = [part for length in size.lengths for part in _parts(length, size.contexts, questions, seed)]
-            files |= {f"mixed-{seed}": mixed, f"full-{seed}": _parts(longest, size.full, 1, seed)}
-        files["valid"] = [(longest, size.valid, 1, VALIDATION_SEED)]
-        files["choice"] = _parts(longest, size.choice, 1, CHOICE_SEED // 1000)
+            first = STRIDE * seed
+            files[f"mixed-{seed}"] = [
+                part for length in size.lengths for part in _parts(length, size.contexts, questions, first)
+            ]
+            files[f"long-{seed}"] = _parts(longest, size.long, most, LONG_SEED + first)
+            files[f"full-{seed}"] = _parts(longest, size.full, 1, first)
+        files["valid"] = _parts(longest, size.valid, 1, VALIDATION_SEED)
+        files["choice"] = _parts(longest, size.choice, 1, CHOICE_SEED)
         files["test"] = _parts(longest, self.options.num_samples, 1, 0)
         make_lines(self.options.model, self.folder, files)
 
@@ -176,6 +154,18 @@ class Bench:
         """Tokens and labels of samples."""
         return [encode_training(sample, self.tokenizer) for sample in samples]
 
+    def check(self) -> None:
+        """Refuse a work folder with trainings of other recipes, finished or under way, before any job."""
+        for path in sorted([*self.folder.glob("*/*/run.json"), *self.folder.glob("*/*/clock.json")]):
+            system, _, _ = path.parent.name.rsplit("-", 2)
+            recipe = (KNOBS if path.parts[-3] == "knobs" else SYSTEMS).get(system)
+            trained = json.loads(path.read_text())["recipe"]
+            if recipe and trained != asdict(recipe):
+                raise ValueError(
+                    f"{path.parent} was trained with {trained}, not {recipe}: remove all folders of {system!r} in "
+                    f"{path.parents[1]} and the other phases, or use another --work."
+                )
+
     def path(self, phase: str, system: str, rate: float, seed: int) -> Path:
         """Folder of one job."""
         return self.folder / phase / f"{system}-{rate:g}-{seed}"
@@ -184,10 +174,7 @@ class Bench:
         """Train one adapter, unless it is there; return what it cost, point by point."""
         output, recipe = self.path(phase, system, rate, seed), (KNOBS if phase == "knobs" else SYSTEMS)[system]
         if (output / "run.json").is_file():
-            run = json.loads((output / "run.json").read_text())
-            if run["recipe"] != asdict(recipe):
-                raise ValueError(f"{output} was trained with {run['recipe']}, not {recipe}: use another --work.")
-            return run
+            return json.loads((output / "run.json").read_text())
         torch.manual_seed(seed)
         kind, settings, _ = METHODS[recipe.method]
         base = load_model(self.options.model)
@@ -195,9 +182,11 @@ class Bench:
         model = get_peft_model(base, kind(**settings, task_type="CAUSAL_LM"))
         rows = self.rows(self._training_samples(phase, recipe, seed))
         collator = AnswerCollator(self.tokenizer.pad_token_id)
-        clock = Clock(model, output if phase in ("final", "knobs") else None, self.options.points)
+        answers = phase in ("final", "knobs")
+        points = self.points(rows) if answers else self.options.points
+        clock = Clock(model, output if answers else None, points, recipe)
         trainer = Trainer(model, _arguments(output, recipe, rate, seed), collator, rows, callbacks=[clock])
-        trainer.train()
+        trainer.train(resume_from_checkpoint=clock.checkpoint)
         run = {
             "recipe": asdict(recipe),
             "points": clock.points,
@@ -209,22 +198,24 @@ class Bench:
             **provenance(),
         }
         write_json(output / "run.json", run)
+        clock.remove_checkpoints()
         return run
+
+    def points(self, rows: list[dict[str, list[int]]]) -> int:
+        """How often a training is tested: after as many tokens as ours, so that nobody has the coarser grid."""
+        apart = sum(self.size.lengths) * self.size.contexts / self.options.points
+        return max(1, round(sum(len(row["input_ids"]) for row in rows) / apart))
 
     def _training_samples(self, phase: str, recipe: Recipe, seed: int) -> list[Sample]:
         """The samples of a recipe; of shortened trainings the same share of every length."""
-        samples, limit = self.samples(f"{recipe.data}-{seed}"), recipe.max_length or self.size.lengths[-1]
+        limit = recipe.max_length or self.size.lengths[-1]
+        samples = [sample for sample in self.samples(f"{recipe.data}-{seed}") if sample.length <= limit]
         contexts = {"search": self.size.searched, "timing": self.size.timed}.get(phase)
         share = recipe.share if contexts is None else contexts / len(samples)
         by_length: dict[int, list[Sample]] = {}
         for sample in samples:
             by_length.setdefault(sample.length, []).append(first_questions(sample, recipe.questions))
-        return [
-            sample
-            for length, own in by_length.items()
-            if length <= limit
-            for sample in own[: max(1, round(share * len(own)))]
-        ]
+        return [sample for own in by_length.values() for sample in own[: max(1, round(share * len(own)))]]
 
     def test(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
         """Let the adapters of a training answer, from its end back to the first that falls short of all accuracies."""
@@ -293,8 +284,10 @@ class Bench:
         """Validation loss of a system or knob with each of its learning rates."""
         knob = name in KNOBS
         phase, rates = ("knobs", KNOB_RATES) if knob else ("search", METHODS[SYSTEMS[name].method][2])
-        runs = {rate: json.loads((self.path(phase, name, rate, 0) / "run.json").read_text()) for rate in rates}
-        return {rate: run["valid_loss"] for rate, run in runs.items()}
+        paths = {rate: self.path(phase, name, rate, 0) / "run.json" for rate in rates}
+        if missing := [path for path in paths.values() if not path.is_file()]:
+            raise ValueError(f"{missing[0]} is not there yet: `run --phases {phase}` comes first.")
+        return {rate: json.loads(path.read_text())["valid_loss"] for rate, path in paths.items()}
 
     def best(self, name: str) -> float:
         """Learning rate with the lowest validation loss."""
@@ -375,10 +368,10 @@ def _reached(points: list[dict[str, Any]], target: float) -> dict[str, Any] | No
     return next(iter(points[max(below, default=-1) + 1 :]), None)
 
 
-def _parts(length: int, contexts: int, questions: int, seed: int, at_once: int = 50) -> list[Part]:
+def _parts(length: int, contexts: int, questions: int, first: int, at_once: int = 50) -> list[Part]:
     """Split a number of contexts, so that many processes have something to make."""
     starts = range(0, contexts, at_once)
-    return [(length, min(at_once, contexts - start), questions, 1000 * seed + start) for start in starts]
+    return [(length, min(at_once, contexts - start), questions, first + start) for start in starts]
 
 
 def _arguments(output: Path, recipe: Recipe, rate: float, seed: int) -> TrainingArguments:
@@ -393,7 +386,8 @@ def _arguments(output: Path, recipe: Recipe, rate: float, seed: int) -> Training
         max_grad_norm=recipe.clip,
         include_num_input_tokens_seen="all",
         logging_steps=10,
-        save_strategy="no",
+        save_strategy="no",  # the clock says when
+        save_total_limit=2,  # the one before stays until the clock names the new one
         report_to="none",
         seed=seed,
         dataloader_pin_memory=False,
@@ -426,7 +420,8 @@ def merge(bench: Bench) -> None:
     if missing := next(filter(None, map(bench.left, ("timing", "search", "final"))), []):
         sys.exit(f"{len(missing)} jobs are left, {missing[0]} first: use `run`.")
     result = bench.summary()
-    runs = [run for entry in result["systems"].values() for run in entry["runs"]]
+    phases = ["timing", "search", "final", *(["knobs"] if result["knobs"] else [])]
+    runs = [bench.train(*job) for phase in phases for job in bench.jobs(phase)]
     write_json(bench.options.output, {"task": "lines", "seeds": SEEDS, **result, **source_of(runs)})
     print(f"{table(result['systems'])}\nwritten to {bench.options.output}")
 
@@ -435,7 +430,7 @@ def main() -> None:
     """Read the command line and run one verb."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=["data", "run", "merge", "all", "work"])
-    phases = ["timing", "search", "final", "knobs", "choice"]
+    phases = ["knobs", "choice", "timing", "search", "final"]
     parser.add_argument("--phases", nargs="+", choices=phases, default=phases)
     parser.add_argument("--systems", nargs="+", choices=SYSTEMS, default=list(SYSTEMS), help="of all phases but knobs")
     parser.add_argument("--size", choices=SIZES, default="full")
@@ -443,13 +438,15 @@ def main() -> None:
     parser.add_argument("--work", default="runs/tta")
     parser.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy.json"))
     parser.add_argument("--num_samples", type=int, default=200, help="test samples")
-    parser.add_argument("--points", type=int, default=10, help="points of each training at which it is tested")
+    parser.add_argument("--points", type=int, default=10, help="points at which ours is tested; others as densely")
     parser.add_argument("--batch_tokens", type=int, default=100_000, help="tokens that are answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin no job later than this")
     parser.add_argument("--until", type=float, default=float("inf"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     bench = Bench(options)
+    if options.verb != "work":  # workers are begun by what has checked
+        bench.check()
     if options.verb == "work":
         torch.set_num_threads(1)
         bench.work(options.phases[0])

@@ -64,6 +64,10 @@ def test_workers_are_spread_over_the_gpus_that_may_be_seen_and_a_failing_one_fai
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     jobs.spread([str(script), "none"], 3)
     assert sorted(path.name[0] for path in tmp_path.glob("[0-9]-*")) == ["3", "3", "5"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    jobs.spread([str(script), "none"], 1)
+    assert len(list(tmp_path.glob("-*"))) == 1  # no GPU is not the first one
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5")
     with pytest.raises(SystemExit, match="1 of 2 workers failed; the same command goes on"):
         jobs.spread([str(script), "5"], 2)
 

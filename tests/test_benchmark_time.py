@@ -1,9 +1,11 @@
 """Time to accuracy, on a tiny model: every job once, what it writes is what happened, and nothing is done twice."""
 
 import argparse
+import itertools
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from stages import save_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 POINTS, SYSTEMS, KNOBS = 2, ["seal-c"], ["nothing", "full length only, 32 questions"]
-PHASES = ("timing", "search", "final", "knobs", "choice")
+PHASES = ("knobs", "choice", "timing", "search", "final")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +55,11 @@ def test_tokens_and_points_are_those_of_the_training(bench):
         assert len(entry["search"]) == 2
     main, knobs = filled("results/time-to-accuracy.json", result)
     assert "| seal-c | 96 |" in main
-    assert set(KNOBS) == {line.split(" | ")[0].removeprefix("| ") for line in knobs.strip().splitlines()[2:]}
+    rows = [line for line in knobs.splitlines() if line.startswith("| ")]
+    assert set(KNOBS) == {row.split(" | ")[0].removeprefix("| ") for row in rows[2:]}
+    assert "Our recipe was chosen from this table" in knobs
+    _, without = filled("results/time-to-accuracy.json", {**result, "knobs": {}})
+    assert without.strip() == "Not measured: our recipe was chosen without it."
     assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
 
 
@@ -96,11 +102,77 @@ def test_a_second_call_finds_everything_done(bench, monkeypatch):
         assert made.work(phase)
 
 
-def test_what_was_trained_with_another_recipe_is_not_taken(bench, monkeypatch):
+def test_what_was_trained_with_another_recipe_is_refused_before_any_job(bench, monkeypatch):
     script, made = bench
-    monkeypatch.setitem(script.SYSTEMS, "seal-c", replace(script.SYSTEMS["seal-c"], batch=4))
-    with pytest.raises(ValueError, match=r"was trained with .*'batch': 2.*, not Recipe\(.*batch=4.*another --work"):
-        made.train(*made.jobs("final")[0])
+    made.check()
+    with monkeypatch.context() as patch:
+        patch.setitem(script.SYSTEMS, "seal-c", replace(script.SYSTEMS["seal-c"], batch=4))
+        words = ["time_to_accuracy.py", "run", "--size", "tiny", "--work", made.options.work]
+        patch.setattr(sys, "argv", [*words, "--model", made.options.model, "--systems", "seal-c"])
+        patch.setattr(script, "spread", None)
+        message = r"trained with .*'batch': 2.*, not Recipe\(.*batch=4.*remove all folders of 'seal-c' in .*--work"
+        with pytest.raises(ValueError, match=message):
+            script.main()
+    # What the knobs found stays when ours is chosen by it.
+    monkeypatch.setitem(script.KNOBS, "nothing", replace(script.CENTRE, batch=4))
+    with pytest.raises(ValueError, match="remove all folders of 'nothing' in .*knobs"):
+        made.check()
+
+
+def test_a_phase_whose_learning_rates_are_not_searched_yet_names_the_phase_that_is_missing(
+    bench, monkeypatch, tmp_path
+):
+    script, made = bench
+    monkeypatch.setattr(made, "folder", tmp_path)
+    for phase, first in {"choice": "knobs", "final": "search"}.items():
+        with pytest.raises(
+            ValueError, match=rf"{first}/.*run.json is not there yet: `run --phases {first}` comes first"
+        ):
+            made.left(phase)
+
+
+def test_the_file_names_the_devices_of_all_phases(bench, monkeypatch):
+    script, made = bench
+    devices = {"timing": "H200", "search": "H100", "final": "A100", "knobs": "L40S"}
+    real = made.train
+    monkeypatch.setattr(made, "train", lambda phase, *job: {**real(phase, *job), "device": devices[phase]})
+    script.merge(made)
+    assert json.loads(made.options.output.read_text())["device"] == "A100, H100, H200, L40S"
+
+
+def test_a_killed_training_goes_on_from_its_last_point_with_its_clock(bench, monkeypatch, tmp_path):
+    script, made = bench
+    (job, *_) = made.jobs("final")
+    whole = made.train(*job)
+    save = script.Clock.on_save
+
+    def killed(*given, **named):
+        save(*given, **named)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(made, "path", lambda *given: tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Clock, "on_save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            made.train(*job)
+    (before,) = json.loads((tmp_path / "clock.json").read_text())["points"]
+    run = made.train(*job)
+    assert run["points"][0] == before
+    assert run["points"][1]["seconds_shared"] > before["seconds_shared"]
+    assert [(p["step"], p["tokens"]) for p in run["points"]] == [(p["step"], p["tokens"]) for p in whole["points"]]
+    assert run["valid_loss"] == whole["valid_loss"]
+    # Nothing stays that only an unfinished training needs.
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.json", "step-1", "step-2"]
+
+
+def test_a_longer_training_has_more_points_not_a_coarser_grid(bench, monkeypatch):
+    script, made = bench
+    monkeypatch.setattr(made, "size", script.SIZES["full"])
+    ours = [{"input_ids": [0] * length} for length in made.size.lengths] * made.size.contexts
+    paper = [{"input_ids": [0] * made.size.lengths[-1]}] * made.size.full
+    assert made.points(ours) == POINTS
+    assert made.points(paper) == round(POINTS * 1200 * 8192 / (120 * 22016)) == 7
+    assert made.points(ours[:5]) == 1
 
 
 def test_the_other_wording_keeps_keys_and_numbers_and_nothing_else(bench):
@@ -121,3 +193,32 @@ def test_fewer_questions_are_the_first_ones_of_the_same_context(bench):
     assert one.messages == sample.messages[:1]
     assert one.target == sample.messages[1]["content"]
     assert script.first_questions(sample, 16) == sample
+
+
+def test_seeds_share_no_sample_and_none_with_validation(bench, monkeypatch):
+    script, made = bench
+    asked: dict[str, list] = {}
+    monkeypatch.setattr(script, "make_lines", lambda model, folder, files: asked.update(files))
+    monkeypatch.setattr(made, "size", script.SIZES["full"])
+    made.data()
+    seeds = {
+        name: {(length, first + i) for length, contexts, _, first in parts for i in range(contexts)}
+        for name, parts in asked.items()
+        if name != "test"  # of the other split
+    }
+    assert all(len(seeds[f"{data}-{seed}"]) > 300 for data in ("mixed", "long", "full") for seed in range(3))
+    for one, other in itertools.combinations(seeds, 2):
+        if one[-2:] != other[-2:] or one in ("valid", "choice"):
+            assert not seeds[one] & seeds[other], (one, other)
+
+
+def test_a_short_training_has_its_number_of_contexts_under_a_recipe_that_leaves_out_lengths(bench, monkeypatch):
+    script, made = bench
+    lengths = [length for length in (1536, 2048, 4096, 6144, 8192) for _ in range(120)]
+    (sample,) = made.samples("mixed-0")[:1]
+    monkeypatch.setattr(made, "samples", lambda name: [replace(sample, length=length) for length in lengths])
+    monkeypatch.setattr(made, "size", script.SIZES["full"])
+    half = replace(script.CENTRE, max_length=4096)
+    for phase, contexts in {"search": 200, "timing": 100}.items():
+        assert len(made._training_samples(phase, half, 0)) == pytest.approx(contexts, abs=2)
+    assert len(made._training_samples("final", replace(half, share=0.5), 0)) == 180
