@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import transformers as tf
+from transformers.models.diffllama import modeling_diffllama
 
 import models
 from seal_peft.context import flash, grouped
@@ -261,15 +262,22 @@ def test_what_it_cannot_read_is_refused():
         model(input_ids=IDS[:1], position_ids=packed, use_cache=False)
     with pytest.raises(ValueError, match="follow each other within a row"):
         model(input_ids=IDS[:1], position_ids=packed, attention_mask=torch.ones_like(IDS[:1]))
-    twice = extended(models.causal(tf.DiffLlamaConfig, head_dim=8), 3, 7)  # each of its modules attends twice
-    with pytest.raises(ValueError, match="follow each other within a row"):
-        twice(input_ids=IDS[:1], position_ids=packed, attention_mask=torch.ones_like(IDS[:1]))
     square = torch.ones(1, 1, 40, 40, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match="no attention mask of four dimensions"):
         model(input_ids=IDS[:1], attention_mask=square)
     dropped = extended(models.llama(attention_dropout=0.1), 3, 7).train()
     with pytest.raises(ValueError, match="takes no attention dropout"):
         dropped(input_ids=IDS)
+
+
+@pytest.mark.skipif(
+    hasattr(modeling_diffllama, "DiffLlamaSdpaAttention"), reason="older transformers do not ask the interface here"
+)
+def test_packed_texts_are_refused_where_each_module_attends_twice():
+    model = extended(models.causal(tf.DiffLlamaConfig, head_dim=8), 3, 7)
+    packed = torch.cat([torch.arange(25), torch.arange(15)]).unsqueeze(0)
+    with pytest.raises(ValueError, match="follow each other within a row"):
+        model(input_ids=IDS[:1], position_ids=packed, attention_mask=torch.ones_like(IDS[:1]))
 
 
 @pytest.mark.parametrize(
