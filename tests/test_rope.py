@@ -137,6 +137,20 @@ def test_what_a_request_leaves_out_stays_if_the_type_is_that_of_the_model():
     assert now == {"rope_type": "dynamic", "factor": 8.0, "rope_theta": 500.0, "max_position_embeddings": 128}
 
 
+def test_lengths_may_be_whole_floats_as_some_configs_have_them():
+    model, other = llama(), llama()
+    apply_rope(model, {**YARN, "original_max_position_embeddings": 32.0, "max_position_embeddings": 96.0})
+    apply_rope(other, {**YARN, "original_max_position_embeddings": 32, "max_position_embeddings": 96})
+    assert read_rope(model) == read_rope(other)
+    assert torch.equal(logits(model), logits(other))
+
+
+@pytest.mark.parametrize("given", [None, "yarn", ["yarn", 4.0]])
+def test_what_is_no_dictionary_is_refused(given):
+    with pytest.raises(TypeError, match="is not allowed. Use a dictionary such as"):
+        apply_rope(llama(), given)
+
+
 @pytest.mark.parametrize("kind", [kind for kind in HERE if kind not in ("default", "proportional")])
 def test_attention_that_scales_queries_by_the_native_length_keeps_it(kind):
     own = {**YARN, "original_max_position_embeddings": 16, "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}

@@ -58,7 +58,7 @@ def apply_rope(model: nn.Module, rope_parameters: Mapping[str, Any]) -> AppliedR
         What puts the old parameters back: `.restore()`.
 
     Raises:
-        TypeError: A value is not one that JSON has, such as numpy's numbers.
+        TypeError: It is no dictionary, or a value is not one that JSON has, such as numpy's numbers.
         ValueError: The model has no RoPE, or layers with a RoPE of their own that its config does not name; a name or
             value is not allowed; or transformers does not build it with these parameters.
 
@@ -147,6 +147,7 @@ def resolve_rope(
     asked_longest = request.pop(MAX, None)
     if asked_longest is not None:
         check_length(MAX, asked_longest)
+        asked_longest = int(asked_longest)
     layer_types = [name for name, value in own.items() if isinstance(value, dict)]
     nested = any(isinstance(value, dict) for value in request.values())
     if nested and not layer_types:

@@ -39,8 +39,13 @@ def plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
     """Copy parameters in JSON's types, without what says nothing: `None`, and the type under its old name.
 
     Raises:
-        TypeError: A value is not one that JSON has.
+        TypeError: It is no dictionary, or a value is not one that JSON has.
     """
+    if not isinstance(parameters, Mapping):
+        raise TypeError(
+            f"rope_parameters={parameters!r} is not allowed. Use a dictionary such as "
+            '{"rope_type": "yarn", "factor": 4.0}.'
+        )
     parameters = dict(parameters)
     if "type" in parameters:
         parameters.setdefault("rope_type", parameters.pop("type"))
