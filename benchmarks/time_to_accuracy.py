@@ -3,8 +3,8 @@
 The paper's recipe (one question a context, all at full length, constant learning rate, one context a step) against
 ours, and under ours SEAL-H and SEAL-C, each also with temperatures, IA3, LoRA and DoRA. Every system gets a search
 over as many learning rates, on as many contexts. The rate with the lowest loss on validation samples is trained with
-all seeds. Adapters are saved at several points of the training, with the clock stopped, and answer 200 held-out
-samples; the last one also answers them in another wording.
+all seeds. Adapters are saved at several points of the training, with the clock stopped. The last one answers 200
+held-out samples, also in another wording, and a bisection finds the point from where on the others have an accuracy.
 
 Our recipe is chosen before: `knobs` trains SEAL-C with one setting changed at a time, each with two learning rates,
 and `choice` lets the better of the two answer validation samples, in both wordings.
@@ -33,7 +33,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -218,26 +218,23 @@ class Bench:
         return [sample for own in by_length.values() for sample in own[: max(1, round(share * len(own)))]]
 
     def test(self, phase: str, system: str, rate: float, seed: int) -> dict[str, Any]:
-        """Let the adapters of a training answer, from its end back to the first that falls short of all accuracies."""
+        """Let adapters of a training answer: the last, and those that tell from where on it had the accuracies."""
         folder = self.path(phase, system, rate, seed)
         if (folder / "scores.json").is_file():
             return json.loads((folder / "scores.json").read_text())
-        steps = [point["step"] for point in self.train(phase, system, rate, seed)["points"]]
+        steps = [str(point["step"]) for point in self.train(phase, system, rate, seed)["points"]]
         path, known = folder / "scores-so-far.json", {}
         if path.is_file():
             known = json.loads(path.read_text())
         samples = self.samples("choice" if phase == "knobs" else "test")
         model: Any = None
-        for name in ["reworded", *map(str, reversed(steps))]:
-            if name not in known:
-                model = model or load_model(self.options.model).eval()
-                worn = PeftModel.from_pretrained(model, folder / f"step-{steps[-1] if name == 'reworded' else name}")
-                asked = list(map(reworded, samples)) if name == "reworded" else samples
-                known[name] = score_answers(worn.eval(), self.tokenizer, asked, self.options.batch_tokens)
-                model = unload_adapter(worn)
-                write_json(path, known)
-            if name != "reworded" and sum(known[name]) < min(REACHED) * len(samples):
-                break
+        while (name := _asked_next(known, steps)) is not None:
+            model = model or load_model(self.options.model).eval()
+            worn = PeftModel.from_pretrained(model, folder / f"step-{steps[-1] if name == 'reworded' else name}")
+            asked = list(map(reworded, samples)) if name == "reworded" else samples
+            known[name] = score_answers(worn.eval(), self.tokenizer, asked, self.options.batch_tokens)
+            model = unload_adapter(worn)
+            write_json(path, known)
         path.rename(folder / "scores.json")
         for step in steps[:-1]:  # nobody asks these any more, and LoRA's would fill what is carried between machines
             shutil.rmtree(folder / f"step-{step}")
@@ -362,10 +359,30 @@ class Bench:
         return {**run, "points": points, "to": to, **ends}
 
 
+def _asked_next(known: dict[str, list[float]], steps: list[str]) -> str | None:
+    """What answers next: the end in both wordings, then the middle of where an accuracy may lie, if any."""
+    accuracies = [mean(known[step]) if step in known else None for step in steps]
+    for name in ("reworded", steps[-1]):
+        if name not in known:
+            return name
+    between = (_middle(accuracies, target) for target in REACHED)
+    return next((steps[index] for index in between if index is not None), None)
+
+
+def _middle(accuracies: list[float | None], target: float) -> int | None:
+    """Index halfway from the last point known to be below a target to the first known after it; `None` if decided."""
+    below = _last_below(accuracies, target)
+    after = next((i for i in range(below + 1, len(accuracies)) if accuracies[i] is not None), below)
+    return (below + after) // 2 if after - below > 1 else None
+
+
+def _last_below(accuracies: list[float | None], target: float) -> int:
+    return max((i for i, own in enumerate(accuracies) if own is not None and own < target), default=-1)
+
+
 def _reached(points: list[dict[str, Any]], target: float) -> dict[str, Any] | None:
-    """The first point from which on no accuracy is below a target."""
-    below = [i for i, point in enumerate(points) if (point["accuracy"] or 0) < target]
-    return next(iter(points[max(below, default=-1) + 1 :]), None)
+    """The point after the last one that is known to be below a target."""
+    return next(iter(points[_last_below([point["accuracy"] for point in points], target) + 1 :]), None)
 
 
 def _parts(length: int, contexts: int, questions: int, first: int, at_once: int = 50) -> list[Part]:
@@ -438,7 +455,7 @@ def main() -> None:
     parser.add_argument("--work", default="runs/tta")
     parser.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy.json"))
     parser.add_argument("--num_samples", type=int, default=200, help="test samples")
-    parser.add_argument("--points", type=int, default=10, help="points at which ours is tested; others as densely")
+    parser.add_argument("--points", type=int, default=16, help="points at which ours may be tested; others as densely")
     parser.add_argument("--batch_tokens", type=int, default=100_000, help="tokens that are answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")
     parser.add_argument("--minutes", type=float, default=5.0, help="begin no job later than this")

@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pages import filled
 from seal_peft.data import read_samples
@@ -63,7 +65,7 @@ def test_tokens_and_points_are_those_of_the_training(bench):
     assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
 
 
-def test_an_accuracy_counts_from_the_first_point_after_which_it_is_never_missed(bench, monkeypatch):
+def test_an_accuracy_counts_from_the_point_after_the_last_that_misses_it(bench, monkeypatch):
     script, made = bench
     points = [{"step": n, "tokens": 100 * n, "seconds_shared": 1.0} for n in (1, 2, 3, 4)]
     monkeypatch.setattr(made, "train", lambda *job: {"points": points, "recipe": {}})
@@ -77,21 +79,52 @@ def test_an_accuracy_counts_from_the_first_point_after_which_it_is_never_missed(
     assert set(made._outcome("final", "seal-c", 0.01, 0, seconds_per_token=0.5)["to"].values()) == {None}
 
 
-def test_answers_go_back_from_the_end_to_the_first_point_that_falls_short(bench, monkeypatch, tmp_path):
+def test_a_bisection_asks_the_end_twice_and_then_only_what_decides(bench, monkeypatch, tmp_path):
     script, made = bench
-    right = iter([0, 10, 9, 5])  # in another wording, and after steps 4, 3 and 2
-    monkeypatch.setattr(script, "score_answers", lambda *given: (n := next(right)) * [1.0] + (10 - n) * [0.0])
+    right = {"1": 2, "2": 5, "3": 9, "4": 9, "5": 10, "6": 10, "7": 10, "8": 10}
+    worn = []
+    load = script.PeftModel.from_pretrained
+    monkeypatch.setattr(
+        script.PeftModel, "from_pretrained", lambda model, path: worn.append(path.name[5:]) or load(model, path)
+    )
+    monkeypatch.setattr(script, "score_answers", lambda *given: (n := right[worn[-1]]) * [1.0] + (10 - n) * [0.0])
     monkeypatch.setattr(made, "samples", lambda name: read_samples(made.folder / "test.jsonl")[:1] * 10)
     job = made.jobs("final")[0]
     monkeypatch.setattr(made, "path", lambda *given: tmp_path)
     made.train(*job)
     run = json.loads((tmp_path / "run.json").read_text())
-    run["points"] = [{**run["points"][0], "step": step} for step in (1, 2, 3, 4)]
+    run["points"] = [{**run["points"][0], "step": int(step)} for step in right]
     (tmp_path / "run.json").write_text(json.dumps(run))
-    for step in (1, 2, 3, 4):
+    for step in right:
         if not (tmp_path / f"step-{step}").exists():
             shutil.copytree(next(tmp_path.glob("step-*")), tmp_path / f"step-{step}")
-    assert {step: sum(own) for step, own in made.test(*job).items()} == {"reworded": 0, "4": 10, "3": 9, "2": 5}
+    scores = made.test(*job)
+    assert worn == ["8", "8", "4", "2", "3", "6", "5"]
+    assert {step: sum(own) for step, own in scores.items()} == {"reworded": 10, **{s: right[s] for s in worn}}
+
+
+@given(accuracies=st.lists(st.sampled_from([0.5, 0.9, 0.92, 0.95, 1.0]), min_size=1, max_size=40))
+def test_a_bisection_ends_at_a_point_that_reaches_what_the_one_before_does_not(accuracies):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARKS)
+        import time_to_accuracy as script
+    for values in (accuracies, sorted(accuracies)):
+        steps = [str(step) for step in range(len(values))]
+        known: dict[str, list[float]] = {}
+        while (name := script._asked_next(known, steps)) is not None:
+            assert name not in known
+            known[name] = [values[-1 if name == "reworded" else int(name)]]
+        points = [{"step": i, "accuracy": values[i] if str(i) in known else None} for i in range(len(values))]
+        for target in script.REACHED:
+            point = script._reached(points, target)
+            assert (point is None) == (values[-1] < target)
+            if point is None:
+                continue
+            assert values[point["step"]] >= target
+            assert all(later["accuracy"] is None or later["accuracy"] >= target for later in points[point["step"] :])
+            assert point["step"] == 0 or values[point["step"] - 1] < target
+            if values is not accuracies:
+                assert point["step"] == next(i for i, value in enumerate(values) if value >= target)
 
 
 def test_a_second_call_finds_everything_done(bench, monkeypatch):
