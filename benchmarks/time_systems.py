@@ -10,7 +10,7 @@ from peft import IA3Config, LoraConfig, PeftConfig
 from seal_peft import SealConfig
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
-SCALE_RATES, LORA_RATES = (1e-2, 2e-2, 4e-2, 8e-2), (5e-4, 1e-3, 2e-3, 4e-3)
+SCALE_RATES, LORA_RATES = (1e-2, 2e-2, 4e-2, 8e-2, 1.6e-1), (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any], tuple[float, ...]]] = {
     "seal-h": (SealConfig, {}, SCALE_RATES),
     "seal-c": (SealConfig, {"granularity": "channel"}, SCALE_RATES),
@@ -52,8 +52,9 @@ class Recipe:
 
 PAPER = Recipe("seal-c", "full", questions=1, batch=1, schedule="constant", warmup=0, clip=0.0)
 CENTRE = Recipe("seal-c")
-# Ours, by what the knobs find: `replace(CENTRE, ...)`. The knobs stay around CENTRE, so what they found stays valid.
-OURS = CENTRE
+# Ours, by what the knobs found: with four contexts a step the loss was the lowest, the accuracy at the end among the
+# best, the one in another wording the best. The knobs stay around CENTRE, so what they found stays valid.
+OURS = replace(CENTRE, batch=4)
 SYSTEMS = {"paper": PAPER, **{method: replace(OURS, method=method) for method in METHODS}}
 # A training of these takes longest, for its tokens or its operations.
 SLOWEST = ("paper", "dora", "lora")
