@@ -174,14 +174,17 @@ def test_the_benchmark_of_steps_adds_rows_to_its_file_and_fills_its_table(step) 
     assert rows["auto"]["flop_floors"] is None
     for part in (systems, policies):
         for row in result["results"]["32"][part]["rows"].values():
-            row["peak_bytes"] = 2e9  # of a GPU
-    (table,) = filled("results/step-8b.json", result)
-    assert f"| {systems}, 32 tokens |" in table
-    assert rows["auto"]["chosen"] in table
+            row |= {"resident_bytes": 1e9, "peak_bytes": 2e9}  # of a GPU
+    *_, overview, aims, table = filled("results/step-8b.json", result)
+    assert f"| {rows['low']['ms'] / 1000:.2f} s | 2.0 GB |" in overview
+    assert not aims.strip()  # none of its lengths is here
+    assert "### 32 tokens a step" in table
+    assert f"| {systems} |" in table
+    assert f"{rows['auto']['chosen']}; the step took 0.9 GiB." in table
     del result["results"]["32"]["rates"], result["results"]["32"][systems]
     for row in rows.values():
         row |= {"overhead_percent": None, "flop_floors": None}
-    (table,) = filled("results/step-8b.json", result)
+    *_, table = filled("results/step-8b.json", result)
     assert "FLOP floor: " not in table
 
 
@@ -260,8 +263,8 @@ def test_a_row_that_ends_before_its_policy_is_chosen_has_its_outcome_in_the_tabl
     result = json.loads((tmp_path / "step.json").read_text())
     (part,) = result["results"]["32"].values()
     part["rows"]["frozen floor"]["peak_bytes"] = 2e9  # of a GPU
-    (table,) = filled("results/step-8b.json", result)
-    assert f"| low | {cell} | | | |" in table
+    *_, table = filled("results/step-8b.json", result)
+    assert f"| low | {cell} | | | | | |" in table
 
 
 def test_a_step_is_warmed_up_by_two_layers_at_its_full_length(step, monkeypatch: pytest.MonkeyPatch) -> None:

