@@ -22,8 +22,9 @@ class Clock(TrainerCallback):
     A training whose adapters are to answer is long: it leaves a checkpoint there too, from which a killed one goes on.
     """
 
-    def __init__(self, model: Any, folder: Path | None, points: int, recipe: Recipe) -> None:
+    def __init__(self, model: Any, folder: Path | None, points: int, recipe: Recipe, tokens: list[int]) -> None:
         self.model, self.folder, self.count, self.recipe = model, folder, points, recipe
+        self.tokens = tokens  # of all whole steps so far, padding not counted
         self.points: list[dict[str, Any]] = []
         self.started = 0.0
         self.checkpoint: str | None = None
@@ -42,7 +43,11 @@ class Clock(TrainerCallback):
         if state.global_step not in self.steps:
             return
         self.seconds += now() - self.started
-        point = {"step": state.global_step, "tokens": state.num_input_tokens_seen, "seconds_shared": self.seconds}
+        point = {
+            "step": state.global_step,
+            "tokens": self.tokens[state.global_step - 1],
+            "seconds_shared": self.seconds,
+        }
         self.points.append(point)
         if self.folder:
             self.model.save_pretrained(str(self.folder / f"step-{state.global_step}"))

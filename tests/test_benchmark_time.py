@@ -19,7 +19,7 @@ from stages import save_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 POINTS, SYSTEMS, KNOBS = 2, ["seal-c"], ["nothing", "full length only, 32 questions"]
-PHASES = ("knobs", "choice", "timing", "search", "final")
+PHASES = ("knobs", "choice", "timing", "search", "finalists", "final")
 
 
 @pytest.fixture(scope="module")
@@ -27,20 +27,21 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
     """The benchmark after all phases of one system, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        import time_to_accuracy as script
+        import time_bench as script
+        import time_summary
 
         folder = tmp_path_factory.mktemp("tta")
         options = {"model": str(save_model(folder / "model")), "work": str(folder / "work"), "size": "tiny"}
         numbers = {"num_samples": 2, "points": POINTS, "batch_tokens": 5000, "until": float("inf")}
-        patch.setitem(script.METHODS, "seal-c", (*script.METHODS["seal-c"][:2], (0.1, 0.2)))
-        patch.setitem(script.SYSTEMS, "seal-c", script.CENTRE)  # whatever ours is
+        patch.setitem(script.METHODS, "seal-c", (*script.METHODS["seal-c"][:2], (0.1, 0.2, 0.3)))
+        patch.setitem(script.SYSTEMS, "seal-c", script.KNOBS["nothing"])  # whatever ours is
         patch.setattr(script, "KNOBS", {name: script.KNOBS[name] for name in KNOBS})
         script.SIZES["tiny"] = replace(script.SIZES["tiny"], contexts=2, full=2, long=1, choice=1)
         made = script.Bench(argparse.Namespace(**options, **numbers, systems=SYSTEMS, output=folder / "out.json"))
         made.data()
         for phase in PHASES:
             made.work(phase)
-        script.merge(made)
+        time_summary.merge(made)
         yield script, made
 
 
@@ -54,8 +55,14 @@ def test_tokens_and_points_are_those_of_the_training(bench):
         assert [point["tokens"] for point in run["points"]][-1] == sum(len(row["input_ids"]) for row in rows)
         assert len(run["points"]) == POINTS  # 4 contexts, 2 a step
         assert run["points"][0]["seconds"] == run["points"][0]["tokens"] * entry["seconds_per_token"]
-        assert entry["rate"] == float(min(entry["search"], key=lambda rate: entry["search"][rate]))
-        assert len(entry["search"]) == 2
+        search, finalists = entry["search"], entry["finalists"]
+        assert list(finalists) == sorted(search, key=search.__getitem__)[:2]
+        assert len(search) == 3
+        assert entry["rate"] == float(min(finalists, key=finalists.__getitem__))
+    # Two contexts are one padded batch there; padding counts as nothing.
+    timed = made.train(*made.jobs("timing")[0])["points"][-1]
+    few = made.rows(made._training_samples("timing", made.systems["seal-c"], 0))
+    assert (timed["step"], timed["tokens"]) == (1, sum(len(row["input_ids"]) for row in few))
     main, knobs = filled("results/time-to-accuracy.json", result)
     assert "| seal-c | 96 |" in main
     rows = [line for line in knobs.splitlines() if line.startswith("| ")]
@@ -67,17 +74,19 @@ def test_tokens_and_points_are_those_of_the_training(bench):
 
 
 def test_an_accuracy_counts_from_the_point_after_the_last_that_misses_it(bench, monkeypatch):
-    script, made = bench
+    import time_summary
+
+    _, made = bench
     points = [{"step": n, "tokens": 100 * n, "seconds_shared": 1.0} for n in (1, 2, 3, 4)]
     monkeypatch.setattr(made, "train", lambda *job: {"points": points, "recipe": {}})
     right = {"1": 10, "2": 8, "3": 9, "4": 10}
     scores = {step: [1.0] * n + [0.0] * (10 - n) for step, n in right.items()} | {"reworded": [0.0] * 10}
     monkeypatch.setattr(made, "test", lambda *job: scores)
-    outcome = made._outcome("final", "seal-c", 0.01, 0, seconds_per_token=0.5)
+    outcome = time_summary._outcome(made, "final", "seal-c", 0.01, 0, seconds_per_token=0.5)
     assert outcome["to"]["0.9"]["seconds"] == 150.0
     assert outcome["to"]["0.95"]["tokens"] == 400
     scores["4"] = scores["2"]
-    assert set(made._outcome("final", "seal-c", 0.01, 0, seconds_per_token=0.5)["to"].values()) == {None}
+    assert set(time_summary._outcome(made, "final", "seal-c", 0.01, 0, seconds_per_token=0.5)["to"].values()) == {None}
 
 
 def test_a_bisection_asks_the_end_twice_and_then_only_what_decides(bench, monkeypatch, tmp_path):
@@ -108,16 +117,16 @@ def test_a_bisection_asks_the_end_twice_and_then_only_what_decides(bench, monkey
 def test_a_bisection_ends_at_a_point_that_reaches_what_the_one_before_does_not(accuracies):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(BENCHMARKS)
-        import time_to_accuracy as script
+        import time_points as script
     for values in (accuracies, sorted(accuracies)):
         steps = [str(step) for step in range(len(values))]
         known: dict[str, list[float]] = {}
-        while (name := script._asked_next(known, steps)) is not None:
+        while (name := script.asked_next(known, steps)) is not None:
             assert name not in known
             known[name] = [values[-1 if name == "reworded" else int(name)]]
         points = [{"step": i, "accuracy": values[i] if str(i) in known else None} for i in range(len(values))]
         for target in script.REACHED:
-            point = script._reached(points, target)
+            point = script.reached(points, target)
             assert (point is None) == (values[-1] < target)
             if point is None:
                 continue
@@ -137,6 +146,8 @@ def test_a_second_call_finds_everything_done(bench, monkeypatch):
 
 
 def test_what_was_trained_with_another_recipe_is_refused_before_any_job(bench, monkeypatch):
+    import time_to_accuracy
+
     script, made = bench
     made.check()
     with monkeypatch.context() as patch:
@@ -146,9 +157,9 @@ def test_what_was_trained_with_another_recipe_is_refused_before_any_job(bench, m
         patch.setattr(script, "spread", None)
         message = r"trained with .*'batch': 2.*, not Recipe\(.*batch=4.*remove all folders of 'seal-c' in .*--work"
         with pytest.raises(ValueError, match=message):
-            script.main()
+            time_to_accuracy.main()
     # What the knobs found stays when ours is chosen by it.
-    monkeypatch.setitem(script.KNOBS, "nothing", replace(script.CENTRE, batch=4))
+    monkeypatch.setitem(script.KNOBS, "nothing", replace(script.KNOBS["nothing"], batch=4))
     with pytest.raises(ValueError, match="remove all folders of 'nothing' in .*knobs"):
         made.check()
 
@@ -158,19 +169,24 @@ def test_a_phase_whose_learning_rates_are_not_searched_yet_names_the_phase_that_
 ):
     script, made = bench
     monkeypatch.setattr(made, "folder", tmp_path)
-    for phase, first in {"choice": "knobs", "final": "search"}.items():
+    for phase, first in {"choice": "knobs", "finalists": "search", "final": "search"}.items():
         with pytest.raises(
             ValueError, match=rf"{first}/.*run.json is not there yet: `run --phases {first}` comes first"
         ):
             made.left(phase)
+    shutil.copytree(made.options.work + "/search", tmp_path / "search")
+    with pytest.raises(ValueError, match=r"final/.*run.json is not there yet: `run --phases finalists` comes first"):
+        made.left("final")
 
 
 def test_the_file_names_the_devices_of_all_phases(bench, monkeypatch):
-    script, made = bench
+    import time_summary
+
+    _, made = bench
     devices = {"timing": "H200", "search": "H100", "final": "A100", "knobs": "L40S"}
     real = made.train
     monkeypatch.setattr(made, "train", lambda phase, *job: {**real(phase, *job), "device": devices[phase]})
-    script.merge(made)
+    time_summary.merge(made)
     assert json.loads(made.options.output.read_text())["device"] == "A100, H100, H200, L40S"
 
 
@@ -252,7 +268,7 @@ def test_a_short_training_has_its_number_of_contexts_under_a_recipe_that_leaves_
     (sample,) = made.samples("mixed-0")[:1]
     monkeypatch.setattr(made, "samples", lambda name: [replace(sample, length=length) for length in lengths])
     monkeypatch.setattr(made, "size", script.SIZES["full"])
-    half = replace(script.CENTRE, max_length=4096)
+    half = replace(script.KNOBS["nothing"], max_length=4096)
     for phase, contexts in {"search": 200, "timing": 100}.items():
         assert len(made._training_samples(phase, half, 0)) == pytest.approx(contexts, abs=2)
     assert len(made._training_samples("final", replace(half, share=0.5), 0)) == 180
