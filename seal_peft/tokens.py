@@ -203,7 +203,9 @@ class AnswerCollator:
     (`labels`) and already shifted (`shift_labels`). Loss and gradients are those of full logits.
 
     Shorter rows are padded behind, without a mask: in a causal model no token sees what stands behind it, so each row
-    is computed as it is alone, and flash attention kernels stay usable.
+    is computed as it is alone, and flash attention kernels stay usable. Two kinds of models mix the rows of a batch,
+    and need a batch size of 1: those with a router loss (`output_router_logits`), which padding would enter, and those
+    whose RoPE depends on the length (`dynamic`, `longrope`), which is that of the longest row.
 
     Attributes:
         pad_token_id: Fills shorter rows. Nothing that is learned from sees it, so any id will do; 0 if the tokenizer

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from .card import write_card
 from .data import prompt_hash, read_samples, trained_prompts
-from .dataset import training_rows
+from .dataset import check_batch_size, training_rows
 from .files import alone_in, write_json
 from .folders import check_output_folder
 from .loading import DTYPE_HELP, Dtype, check_one_gpu, load_model, load_skeleton, load_tokenizer, pick_dtype
@@ -209,6 +209,7 @@ def train(
     learned_before = trained_prompts(arguments.init_adapter) if arguments.init_adapter is not None else []
     rows = training_rows(samples, tokenizer, adapted)
     tokens_of = [len(row["input_ids"]) for row in rows]
+    check_batch_size(adapted, training_arguments.per_device_train_batch_size, tokens_of)
 
     base = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     base.config.use_cache = False

@@ -19,7 +19,9 @@ from transformers import (
 import models
 import query_models
 from data_samples import TOKENIZERS, llama_config, some_samples
+from rope_models import TYPES
 from seal_peft import SealConfig
+from seal_peft.dataset import check_batch_size
 from seal_peft.memory import apply_memory_policy
 from seal_peft.tokens import IGNORED, AnswerCollator, encode_training
 
@@ -199,6 +201,34 @@ def test_so_does_what_an_adapter_or_a_memory_policy_brings(build: Callable[[], n
         assert_learns_as_from_each_row_alone(model, rows)
 
     learns_the_same()
+
+
+def with_router_loss() -> nn.Module:
+    model = models.adapted("mixtral", "channel")
+    model.config.output_router_logits = True
+    return model
+
+
+def with_longrope() -> nn.Module:
+    return get_peft_model(models.llama(max_position_embeddings=8), SealConfig(rope_parameters=TYPES["longrope"]))
+
+
+@pytest.mark.parametrize(
+    ("build", "why"), [(with_router_loss, "router loss"), (with_longrope, "RoPE is of type 'longrope'")]
+)
+def test_models_that_padding_would_change_are_refused_for_rows_of_different_lengths(
+    build: Callable[[], nn.Module], why: str
+) -> None:
+    model = build()
+    with pytest.raises(ValueError, match=f"size=2 was given, and rows of 6 to 12 tokens, .*{why}.*Use .*size=1, and"):
+        check_batch_size(model, 2, [12, 6])
+    check_batch_size(model, 1, [12, 6])
+    check_batch_size(model, 2, [12, 12])
+    ids = [models.INPUT_IDS.flatten().tolist()[:length] for length in (12, 6)]
+    rows = [{"input_ids": row, "labels": [IGNORED, *row[1:]]} for row in ids]
+    assert_learns_as_from_each_row_alone(models.adapted("mixtral"), rows)
+    with pytest.raises(AssertionError, match="not close"):
+        assert_learns_as_from_each_row_alone(model, rows)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2", "bloom", "opt"])
