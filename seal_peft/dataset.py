@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm.auto import tqdm
 
+from .context.rope import depends_on_length
 from .data import check_window
 from .reach import idle_extensions, reach
 from .tasks import Sample
@@ -69,3 +70,30 @@ def training_rows(
     for reason in idle_extensions(model, longest):
         logger.warning("%s", reason)
     return rows
+
+
+def check_batch_size(model: Any, batch_size: int, lengths: Sequence[int]) -> None:
+    """Refuse batches with padding for models that do not compute a row of a batch as they do one alone.
+
+    Args:
+        model: The model that is to be trained, with its adapter.
+        batch_size: Rows of a batch.
+        lengths: Tokens of each row.
+
+    Raises:
+        ValueError: The rows are of different lengths, and padding enters a router loss or lengthens RoPE.
+    """
+    if batch_size == 1 or len(set(lengths)) == 1:
+        return
+    kind = depends_on_length(module for module in model.modules() if hasattr(module, "rope_type"))
+    if kind is not None:
+        why = f"its RoPE is of type {kind!r}, and a batch takes the frequencies of its longest row"
+    elif getattr(model.config.get_text_config(), "output_router_logits", False):
+        why = "its config asks for a router loss (output_router_logits), and padding would enter it"
+    else:
+        return
+    raise ValueError(
+        f"per_device_train_batch_size={batch_size} was given, and rows of {min(lengths)} to {max(lengths)} tokens, "
+        f"which this model would not learn from as from each alone: {why}. Use per_device_train_batch_size=1, and "
+        "more gradient_accumulation_steps for as many rows a step."
+    )

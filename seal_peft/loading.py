@@ -98,7 +98,7 @@ def load_config(model_name_or_path: str) -> Any:
 
 
 def load_tokenizer(model_name_or_path: str) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, padding on the left as generation and answer-only logits need it.
+    """Load the tokenizer, padding on the left as generation needs it.
 
     Raises:
         OSError: There is none beside the model, or none that can be read.

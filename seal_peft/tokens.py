@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from .tasks import Sample
@@ -197,16 +198,18 @@ def _answer_in(prompt: str, rendered: str, content: str, special: re.Pattern[str
 class AnswerCollator:
     """Data collator for `Trainer` that makes the model build logits only where there are labels.
 
-    The full logits of a long input are its largest tensor by far, and all but the answers' rows are thrown away. So
-    the batch says how many positions at the end to keep (`logits_to_keep`, a plain int: every architecture knows this
-    form) and brings the labels of these positions, as they are (`labels`) and already shifted (`shift_labels`). Loss
-    and gradients are those of full logits. Rows are padded on the left, so that all answers stand at the end.
+    The full logits of a long input are its largest tensor by far, and all but a few are thrown away. So the batch says
+    at which positions to keep them (`logits_to_keep`), and brings the labels of these positions, as they are
+    (`labels`) and already shifted (`shift_labels`). Loss and gradients are those of full logits.
 
-    A single row, or rows of one length, come without a mask: that keeps flash attention kernels usable.
+    Shorter rows are padded behind, without a mask: in a causal model no token sees what stands behind it, so each row
+    is computed as it is alone, and flash attention kernels stay usable. Two kinds of models mix the rows of a batch,
+    and need a batch size of 1: those with a router loss (`output_router_logits`), which padding would enter, and those
+    whose RoPE depends on the length (`dynamic`, `longrope`), which is that of the longest row.
 
     Attributes:
-        pad_token_id: Fills shorter rows. Attention and loss never see it, so any id will do; 0 if the tokenizer has
-            none.
+        pad_token_id: Fills shorter rows. Nothing that is learned from sees it, so any id will do; 0 if the tokenizer
+            has none.
 
     Example:
         ```python
@@ -225,39 +228,47 @@ class AnswerCollator:
             features: Rows with `input_ids` and `labels`, as `encode_training` gives them.
 
         Returns:
-            `input_ids` (B, T), `labels` and `shift_labels` (B, K), `logits_to_keep` = K, and for padded batches
-            `attention_mask` and `position_ids` (B, T).
+            `input_ids` (B, T), `labels` and `shift_labels` (B, K), and `logits_to_keep`: K where the last K positions
+            are kept, else the positions that are, shared by the rows and counted from the end (K,).
 
         Raises:
             ValueError: If a row has no labels.
         """
-        filler = self.pad_token_id or 0
-        rows = [list(feature["input_ids"]) for feature in features]
-        labels = [list(feature["labels"]) for feature in features]
-        length = max(len(row) for row in rows)
-        padding = [length - len(row) for row in rows]
-        # The token before the first label predicts it, so its logits are needed, too.
-        keep = min(length, max(len(row) - _first_label(row) + 1 for row in labels))
-
-        kept = torch.tensor([([IGNORED] * n + row)[-keep:] for row, n in zip(labels, padding, strict=True)])
-        batch: dict[str, Any] = {
-            "input_ids": torch.tensor([[filler] * n + row for row, n in zip(rows, padding, strict=True)]),
-            # Models that know no `shift_labels`, such as Gemma 3 with images in transformers 5.10, shift `labels`.
-            "labels": kept,
-            # The last position predicts nothing: shifting leaves a hole there.
-            "shift_labels": pad(kept[:, 1:], (0, 1), value=IGNORED),
-            "logits_to_keep": keep,
+        length = max(len(feature["input_ids"]) for feature in features)
+        # Each position's label is the token behind it; the last position has none.
+        following = torch.stack([_filled(feature["labels"][1:], length, IGNORED) for feature in features])
+        if not following.ne(IGNORED).any(dim=1).all():
+            raise ValueError(
+                "A row has no labels: behind its first token every label is -100. Rows for training come from "
+                "training_rows."
+            )
+        kept, logits_to_keep = _kept(following)
+        shift_labels = following[:, kept]
+        return {
+            "input_ids": torch.stack(
+                [_filled(feature["input_ids"], length, self.pad_token_id or 0) for feature in features]
+            ),
+            # The Trainer's label smoothing, and models that know no `shift_labels`, such as Gemma 3 with images in
+            # transformers 5.10, shift `labels` themselves: what a position is to say stands at the next one kept.
+            "labels": pad(shift_labels[:, :-1], (1, 0), value=IGNORED),
+            "shift_labels": shift_labels,
+            "logits_to_keep": logits_to_keep,
         }
-        if any(padding):
-            mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
-            batch["attention_mask"] = mask
-            # Each row counts from its own start, as it would alone.
-            batch["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-        return batch
 
 
-def _first_label(labels: Sequence[int]) -> int:
-    for index, label in enumerate(labels):
-        if label != IGNORED:
-            return index
-    raise ValueError("A row has no labels: every label is -100. Rows for training come from training_rows.")
+def _filled(values: Sequence[int], length: int, filler: int) -> Tensor:
+    return torch.tensor([*values, *[filler] * (length - len(values))])
+
+
+def _kept(following: Tensor) -> tuple[Tensor, int | Tensor]:
+    """Positions whose logits are kept, the last one among them, and how a model is told so."""
+    rows, length = following.shape
+    kept = following.ne(IGNORED).any(dim=0)
+    kept[-1] = True  # it has no label, and shifting leaves a hole there
+    positions = kept.nonzero().flatten()
+    first = int(positions[0])
+    if rows == 1 or len(positions) == length - first:
+        # A number of last positions is the form that every architecture knows, and takes no copy of hidden states.
+        return torch.arange(first, length), length - first
+    # Counted from the end they also hold where an adapter puts tokens in front, as prompt tuning does.
+    return positions, positions - length

@@ -23,7 +23,7 @@ from transformers import Trainer, TrainingArguments
 
 from .card import write_card
 from .data import prompt_hash, read_samples, trained_prompts
-from .dataset import training_rows
+from .dataset import check_batch_size, training_rows
 from .files import alone_in, write_json
 from .folders import check_output_folder
 from .loading import DTYPE_HELP, Dtype, check_one_gpu, load_model, load_skeleton, load_tokenizer, pick_dtype
@@ -112,7 +112,9 @@ class SealTrainingArguments(TrainingArguments):
     """`transformers.TrainingArguments` with defaults for a few scales on long inputs."""
 
     output_dir: str = field(metadata={"help": "Adapter folder to write; checkpoints stand in it meanwhile."})
-    per_device_train_batch_size: int = field(default=1, metadata={"help": "1 needs no padding: flash kernels stay."})
+    per_device_train_batch_size: int = field(
+        default=1, metadata={"help": "Samples a forward pass, padded to the longest; flash kernels stay."}
+    )
     logging_steps: float = field(default=1, metadata={"help": "Log every so many steps."})
     save_steps: float = field(
         default=0.1, metadata={"help": "Write a checkpoint every so many steps; below 1, every such share of the run."}
@@ -206,6 +208,8 @@ def train(
         hotswap_adapter(adapted, arguments.init_adapter)
     learned_before = trained_prompts(arguments.init_adapter) if arguments.init_adapter is not None else []
     rows = training_rows(samples, tokenizer, adapted)
+    tokens_of = [len(row["input_ids"]) for row in rows]
+    check_batch_size(adapted, training_arguments.per_device_train_batch_size, tokens_of)
 
     base = load_model(arguments.model_name_or_path, arguments.dtype, arguments.attn_implementation)
     base.config.use_cache = False
@@ -220,7 +224,6 @@ def train(
         processing_class=tokenizer,
     )
     trainer.get_train_dataloader()  # a bad setting of it shows here, before an earlier adapter is cleared away
-    tokens_of = [len(row["input_ids"]) for row in rows]
     memory = _apply_memory(trainer, arguments.memory, tokens=max(tokens_of))
     first = trainer.is_world_process_zero()
     with alone_in(output_dir) if first else nullcontext():

@@ -129,6 +129,13 @@ def test_the_bytes_of_a_layer_are_those_of_its_formula():
     assert costs[1].everything in (2 * 32 * (everything + extra) + small for extra in (0, 2 * (heads - keys)))
 
 
+def test_a_batch_of_rows_keeps_what_its_rows_keep_alone():
+    model = trained(granularity="channel")
+    alone, together = (measure_layers(model, rows, 64)[1] for rows in (1, 3))
+    assert together.everything == pytest.approx(3 * alone.everything, rel=0.01)
+    assert together.products == alone.products
+
+
 def test_layers_below_the_lowest_scale_keep_nothing():
     lower, upper = measure_layers(trained(layers_to_transform=[1]), 1, 8)
     assert lower == LayerCost()

@@ -506,6 +506,19 @@ def test_bad_sample_files_are_refused_before_the_model_is_loaded(
     assert not (tmp_path / "out").exists()
 
 
+def test_padding_that_the_model_would_learn_from_is_refused_before_any_weights_are_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    save_model(tmp_path / "model", weights=False, rope_parameters=rope)
+    write_samples(tmp_path / "train.jsonl", [*some_samples("train", 200), *some_samples("train", 400)])
+    words = ["--model_name_or_path", tmp_path / "model", "--train_file", tmp_path / "train.jsonl"]
+    words += ["--output_dir", tmp_path / "out", "--per_device_train_batch_size"]
+    assert "takes the frequencies of its longest row. Use per_device_train_batch_size=1" in refusal(capsys, *words, 2)
+    assert "no file named model.safetensors" in refusal(capsys, *words, 1)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_bad_setting_costs_no_finished_adapter_and_blocks_no_second_try(house: Path, tmp_path: Path) -> None:
     train_in(tmp_path, house, max_steps=1)
     before = weights(tmp_path)

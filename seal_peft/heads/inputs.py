@@ -77,7 +77,7 @@ def bar_of(what: str, rows: Sequence[EncodedSample]) -> str:
 
 
 def collate(rows: Sequence[EncodedSample], device: torch.device) -> tuple[dict[str, Any], Tensor]:
-    """Return the model's arguments for some rows, and the labels `(B, K)` of its last K logits."""
+    """Return the model's arguments for some rows, and the labels `(B, K)` of the K logits a row that it builds."""
     batch = AnswerCollator()([{"input_ids": row.input_ids, "labels": row.labels} for row in rows])
     del batch["labels"]
     labels = batch.pop("shift_labels").to(device)

@@ -44,7 +44,7 @@ def measure_layers(model: nn.Module, rows: int, tokens: int) -> list[LayerCost]:
 
     Args:
         model: A causal language model, with the adapters that will be trained.
-        rows: Rows of a batch.
+        rows: Rows of a batch, without a mask.
         tokens: Tokens of a row.
 
     Returns:
@@ -72,11 +72,9 @@ def measure_layers(model: nn.Module, rows: int, tokens: int) -> list[LayerCost]:
     try:
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             model.train()
-            batch = {"input_ids": torch.zeros(rows, tokens, dtype=torch.long, device=device)}
-            if rows > 1:  # as most batches of several rows, with some padding, which asks for other kernels
-                batch["attention_mask"] = torch.ones_like(batch["input_ids"])
-                batch["attention_mask"][0, 0] = 0
-            model(**batch, use_cache=False, logits_to_keep=1)
+            # Without a mask, which would ask for other kernels: `AnswerCollator` pads without one.
+            input_ids = torch.zeros(rows, tokens, dtype=torch.long, device=device)
+            model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
     finally:
         model.train(training)
         restore()

@@ -98,7 +98,7 @@ def apply_memory_policy(model: nn.Module, policy: Policy = "auto", *, tokens: in
             else is recomputed. `auto` keeps as much as fits into the free memory of the device, layer by layer, and
             for shorter batches more.
         tokens: For `auto`, tokens of the longest row: it runs one forward pass of that length.
-        rows: For `auto`, rows of a batch.
+        rows: For `auto`, rows of a batch, which comes without a mask, as from `AnswerCollator`.
 
     Returns:
         A handle that says what was chosen and takes it back.
