@@ -61,8 +61,8 @@ def generate_answers(
         prompts: Token ids of each prompt; shorter ones are padded on the left.
         max_new_tokens: Longest answer in tokens.
         ends: Further tokens that end an answer.
-        drafts: What the answer to each prompt may turn out to be, if there is a guess. They change no answer: they are
-            read with the prompts, if these are read apart, and what the model says as guessed is not generated.
+        drafts: What the answer to each prompt may turn out to be, if there is a guess. They change no answer: where
+            prompts are read apart, so are their drafts, and what the model says as guessed is not generated.
     """
     stops = _stop_tokens(model, tokenizer, ends)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
@@ -71,7 +71,7 @@ def generate_answers(
     # All drafts become equally long: what fills the shorter ones is a guess like any other.
     length = min(max_new_tokens, max(map(len, drafts))) if drafts else 0
     with torch.inference_mode(), _plain_settings(model):
-        if (len(prompts) > 1 or drafts) and can_prefill_apart(model):
+        if len(prompts) > 1 and can_prefill_apart(model):
             guesses = [(draft + [0] * length)[:length] for draft in drafts or answers]
             texts = [prompt + guess for prompt, guess in zip(prompts, guesses, strict=True)]
             layers, said = prefill(model, texts, groups_of(texts, model.device), length)

@@ -98,8 +98,7 @@ def prefill(
         mask, logits = _read(model, [texts[row][:-1] for row in group], own, max(1, checked))
         for row, tokens in zip(group, logits.argmax(-1).tolist(), strict=True):
             said[row] = tokens[:checked]
-        for index in range(len(own.layers)):
-            layer = cast(DynamicLayer, own.layers.pop(0))  # so that a batch of one never holds all of it twice
+        for index, layer in enumerate(cast("list[DynamicLayer]", own.layers)):
             pair: tuple[Any, Any] = layer.keys, layer.values
             batch = layers.setdefault(index, [])
             if not batch:
