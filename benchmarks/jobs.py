@@ -27,7 +27,7 @@ from seal_peft.provenance import provenance
 from seal_peft.reproduce.share import make_all
 from seal_peft.statistics import mean_interval
 from seal_peft.tasks import TASKS, Sample
-from seal_peft.tokens import AnswerCollator, encode_prompt
+from seal_peft.tokens import AnswerCollator, encode_question
 
 Part = tuple[int, int, int, int]
 
@@ -69,10 +69,11 @@ def mean_loss(model: Any, rows: Iterable[dict[str, list[int]]], collator: Answer
 def score_answers(model: Any, tokenizer: Any, samples: Sequence[Sample], batch_tokens: int) -> list[float]:
     """Let a model answer samples of line retrieval, as many together as such tokens hold; return right and wrong."""
     task = TASKS["lines"]
-    prompts = [encode_prompt(sample, tokenizer) for sample in samples]
+    prompts, drafts = zip(*(encode_question(sample, tokenizer) for sample in samples), strict=True)
     found: dict[int, float] = {}
     for batch in batches_of(prompts, task.max_new_tokens, batch_tokens):
-        answers = generate_answers(model, tokenizer, [prompts[i] for i in batch], task.max_new_tokens)
+        asked, guessed = ([own[i] for i in batch] for own in (prompts, drafts))
+        answers = generate_answers(model, tokenizer, asked, task.max_new_tokens, drafts=guessed)
         found |= {i: task.score(answer, samples[i].answers) for i, answer in zip(batch, answers, strict=True)}
     return [found[index] for index in range(len(samples))]
 

@@ -171,7 +171,7 @@ def _fingerprints(
     essays: list[list[int]] | None,
     arguments: EvaluateArguments,
 ) -> list[str]:
-    """Cover all that changes an answer or its row: in bfloat16 also the prompts that share its batch.
+    """Cover all that changes an answer or its row: in bfloat16 also the prompts that share its batch, and all drafts.
 
     One for each sample, and a last one for the guard's essays, if they are asked for.
     """
@@ -179,7 +179,7 @@ def _fingerprints(
     settings = [str(pick_dtype(arguments.dtype)), pick_device().type, arguments.attn_implementation, questions.ends]
     keys = [""] * len(asked)
     for batch in batches:
-        together = fingerprint([[questions.prompts[index], questions.limits[index]] for index in batch])
+        together = fingerprint([[questions.prompts[i], questions.drafts[i], questions.limits[i]] for i in batch])
         for place, index in enumerate(batch):
             keys[index] = fingerprint(system.name, files, settings, together, place, asdict(asked[index]))
     return keys if essays is None else [*keys, fingerprint(system.name, files, settings, essays)]
@@ -227,9 +227,9 @@ def _answer_all(
                 missing = [index for index in batch if own[index] not in predictions]
                 if missing:
                     # The whole batch again: an answer must not depend on where an earlier call was interrupted.
-                    prompts = [questions.prompts[index] for index in batch]
-                    limit = questions.limits[batch[0]]
-                    answers = generate_answers(answering, questions.tokenizer, prompts, limit, questions.ends)
+                    prompts, drafts = ([own[i] for i in batch] for own in (questions.prompts, questions.drafts))
+                    limit, ends = questions.limits[batch[0]], questions.ends
+                    answers = generate_answers(answering, questions.tokenizer, prompts, limit, ends, drafts)
                     answer_of = dict(zip(batch, answers, strict=True))
                     predictions.add(_row(system, asked[i], answer_of[i], own[i]) for i in missing)
                 progress.update(len(batch))

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import takewhile
 from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
-from .prefill import can_prefill_apart, groups_of, prefill
+from .prefill import cache_of, can_prefill_apart, groups_of, prefill
 
 
 def make_batches(prompts: Sequence[list[int]], limits: Sequence[int], batch_size: int) -> list[list[int]]:
@@ -46,6 +48,7 @@ def generate_answers(
     prompts: Sequence[list[int]],
     max_new_tokens: int,
     ends: Sequence[int] = (),
+    drafts: Sequence[list[int]] | None = None,
 ) -> list[str]:
     """Return the greedy answers to one batch of prompts, without special tokens.
 
@@ -58,26 +61,61 @@ def generate_answers(
         prompts: Token ids of each prompt; shorter ones are padded on the left.
         max_new_tokens: Longest answer in tokens.
         ends: Further tokens that end an answer.
+        drafts: What the answer to each prompt may turn out to be, if there is a guess. They change no answer: where
+            prompts are read apart, so are their drafts, and what the model says as guessed is not generated.
     """
+    stops = _stop_tokens(model, tokenizer, ends)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-    settings = GenerationConfig(
-        do_sample=False,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=_stop_tokens(model, tokenizer, ends),
-        pad_token_id=padding,
-    )
-    width = max(len(prompt) for prompt in prompts)
-    ids = [[padding] * (width - len(prompt)) + prompt for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows, layers = list(range(len(prompts))), dict[int, list[Tensor]]()
+    # All drafts become equally long: what fills the shorter ones is a guess like any other.
+    length = min(max_new_tokens, max(map(len, drafts))) if drafts else 0
     with torch.inference_mode(), _plain_settings(model):
-        apart = len(prompts) > 1 and can_prefill_apart(model)
-        output = model.generate(
-            input_ids=torch.tensor(ids, device=model.device),
-            attention_mask=torch.tensor(mask, device=model.device),
-            past_key_values=prefill(model, prompts, groups_of(prompts, model.device)) if apart else None,
-            generation_config=settings,
-        )
-    return tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        if len(prompts) > 1 and can_prefill_apart(model):
+            guesses = [(draft + [0] * length)[:length] for draft in drafts or answers]
+            texts = [prompt + guess for prompt, guess in zip(prompts, guesses, strict=True)]
+            layers, said = prefill(model, texts, groups_of(texts, model.device), length)
+            answers = [_up_to_end(_confirmed(*pair), stops) for pair in zip(guesses, said, strict=True)]
+            rows = [row for row in rows if len(answers[row]) < max_new_tokens and stops.isdisjoint(answers[row])]
+        if rows:
+            # All go on from as many tokens as each has: none runs beyond its limit while it waits for the others.
+            begun = min(len(answers[row]) for row in rows)
+            texts = [prompts[row] + answers[row][:begun] for row in rows]
+            cache = cache_of(model, layers, rows, max(map(len, texts)) - 1, length - begun) if layers else None
+            decoded = _decode(model, texts, cache, max_new_tokens - begun, stops, padding)
+            for row, tokens in zip(rows, decoded, strict=True):
+                answers[row] = _up_to_end(answers[row][:begun] + tokens, stops)
+    return tokenizer.batch_decode(answers, skip_special_tokens=True)
+
+
+def _decode(
+    model: Any, texts: list[list[int]], cache: DynamicCache | None, limit: int, stops: set[int], padding: int
+) -> list[list[int]]:
+    """Continue texts of which a cache, if there is one, holds all but the last token of each."""
+    width = max(map(len, texts))
+    ids = [[padding] * (width - len(text)) + text for text in texts]
+    mask = [[0] * (width - len(text)) + [1] * len(text) for text in texts]
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=limit, eos_token_id=sorted(stops) or None, pad_token_id=padding
+    )
+    output = model.generate(
+        input_ids=torch.tensor(ids, device=model.device),
+        attention_mask=torch.tensor(mask, device=model.device),
+        past_key_values=cache,
+        generation_config=settings,
+    )
+    return output[:, width:].tolist()
+
+
+def _confirmed(guess: list[int], said: list[int]) -> list[int]:
+    """What a model said, up to the first token that was not guessed: what follows that, it said to the guess."""
+    right = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(guess, said, strict=True)))
+    return said[: right + 1]
+
+
+def _up_to_end(tokens: list[int], stops: set[int]) -> list[int]:
+    end = next((place for place, token in enumerate(tokens, start=1) if token in stops), None)
+    return tokens[:end]
 
 
 @contextmanager
@@ -95,7 +133,6 @@ def _plain_settings(model: Any) -> Iterator[None]:
         inner.generation_config = own
 
 
-def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> list[int] | None:
+def _stop_tokens(model: Any, tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> set[int]:
     own = model.generation_config.eos_token_id
-    tokens = {*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id, *ends} - {None}
-    return sorted(tokens) or None
+    return {*([own] if isinstance(own, int) else own or []), tokenizer.eos_token_id, *ends} - {None}

@@ -75,50 +75,75 @@ def groups_of(prompts: Sequence[list[int]], device: torch.device) -> list[list[i
     return groups
 
 
-def prefill(model: Any, prompts: Sequence[list[int]], groups: Sequence[Sequence[int]]) -> DynamicCache:
-    """Read all but the last token of each prompt.
+def prefill(
+    model: Any, texts: Sequence[list[int]], groups: Sequence[Sequence[int]], checked: int = 0
+) -> tuple[dict[int, list[Tensor]], list[list[int]]]:
+    """Read all but the last token of each text.
 
     Args:
         model: One that can be read so, on its device and in inference mode.
-        prompts: Token ids of each prompt.
-        groups: Indices of prompts that are read together, with padding. A group of one needs no mask.
+        texts: Token ids of each.
+        groups: Indices of texts that are read together, with padding. A group of one needs no mask.
+        checked: How many tokens at the end of each text are guesses at what the model says.
 
     Returns:
-        What the model would hold of a batch padded on the left: keys and values of shape `(batch_size,
-        num_key_value_heads, tokens, head_dim)`, zeros in front of the shorter ones.
+        Keys and values of each layer, `(texts, num_key_value_heads, tokens, head_dim)`, zeros in front of the shorter
+        ones, and the `checked` tokens of each text that the model itself says in the place of its last ones.
     """
-    width = max(map(len, prompts)) - 1
+    width = max(map(len, texts)) - 1
     layers: dict[int, list[Tensor]] = {}
+    said: list[list[int]] = [[] for _ in texts]
     for group in groups:
         own = DynamicCache()  # of all tokens, also where a sliding window has passed
-        mask = _read(model, [prompts[row][:-1] for row in group], own)
+        mask, logits = _read(model, [texts[row][:-1] for row in group], own, max(1, checked))
+        for row, tokens in zip(group, logits.argmax(-1).tolist(), strict=True):
+            said[row] = tokens[:checked]
         for index, layer in enumerate(cast("list[DynamicLayer]", own.layers)):
             pair: tuple[Any, Any] = layer.keys, layer.values
             batch = layers.setdefault(index, [])
             if not batch:
-                batch += [read.new_zeros(len(prompts), read.shape[1], width, read.shape[3]) for read in pair]
+                batch += [read.new_zeros(len(texts), read.shape[1], width, read.shape[3]) for read in pair]
             for together, read in zip(batch, pair, strict=True):
                 together[list(group), :, width - mask.shape[1] :] = read.masked_fill(
                     ~mask[:, None, :, None].to(read.device), 0
                 )
+    return layers, said
+
+
+def cache_of(
+    model: Any, layers: dict[int, list[Tensor]], rows: Sequence[int], width: int, dropped: int
+) -> DynamicCache:
+    """Return what a model would hold of texts as a batch padded on the left.
+
+    Args:
+        model: The model.
+        layers: What `prefill` read, which this takes apart, so that it is never held twice.
+        rows: Which of its texts.
+        width: How many tokens, padding included.
+        dropped: How many tokens after these are left out.
+    """
     cache = DynamicCache(config=model.config)
     for index in list(layers):
-        keys, values = layers.pop(index)  # `update` copies them, so they go layer by layer
+        end = layers[index][0].shape[2] - dropped
+        keys, values = (read[list(rows), :, end - width : end] for read in layers.pop(index))
         cache.update(keys, values, index)
     return cache
 
 
-def _read(model: Any, texts: Sequence[list[int]], cache: DynamicCache) -> Tensor:
-    """Fill a cache with texts, padded on the left; return which of its tokens are theirs, `(len(texts), tokens)`."""
+def _read(model: Any, texts: Sequence[list[int]], cache: DynamicCache, kept: int) -> tuple[Tensor, Tensor]:
+    """Fill a cache with texts, padded on the left.
+
+    Returns which of its tokens are theirs, `(len(texts), tokens)`, and the logits after the last `kept`.
+    """
     width = max(map(len, texts))
     ids = torch.tensor([[0] * (width - len(text)) + text for text in texts], device=model.device)
     mask = torch.tensor([[False] * (width - len(text)) + [True] * len(text) for text in texts], device=model.device)
-    model(
+    output = model(
         input_ids=ids,
         attention_mask=None if mask.all() else mask.long(),
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
+        logits_to_keep=kept,
     )
-    return mask
+    return mask, output.logits

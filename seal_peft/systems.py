@@ -46,6 +46,7 @@ class Questions:
     Attributes:
         tokenizer: The model's tokenizer.
         prompts: Token ids of each sample's prompt.
+        drafts: Token ids of the right answer to each, its end of turn last.
         limits: Longest answer to each, in tokens.
         longest: Tokens of the longest prompt with its right answer.
         ends: Tokens that end a turn in the model's chat template.
@@ -53,6 +54,7 @@ class Questions:
 
     tokenizer: PreTrainedTokenizerBase
     prompts: list[list[int]]
+    drafts: list[list[int]]
     limits: list[int]
     longest: int
     ends: list[int]
@@ -112,7 +114,7 @@ def read_questions(model: str, samples: Sequence[Sample], max_new_tokens: int | 
     special = set(tokenizer.all_special_ids) | {
         n for n, token in tokenizer.added_tokens_decoder.items() if token.special
     }
-    prompts, limits, longest, ends = [], [], 0, set()
+    prompts, drafts, limits, longest, ends = [], [], [], 0, set()
     table = window_of(config) if has_position_table(config) else None
     for sample in tqdm(samples, desc="Tokenising", unit="sample", delay=1.0):
         prompt, answer = encode_question(sample, tokenizer)
@@ -120,9 +122,10 @@ def read_questions(model: str, samples: Sequence[Sample], max_new_tokens: int | 
         # Right answers end inside the window. Where positions are a table, babble must not run past it either.
         limits.append(limit if table is None else max(1, min(limit, table - len(prompt))))
         prompts.append(prompt)
+        drafts.append(answer)
         longest = max(longest, len(prompt) + len(answer))
         ends |= {*answer[-1:]} & special
-    return Questions(tokenizer, prompts, limits, longest, sorted(ends))
+    return Questions(tokenizer, prompts, drafts, limits, longest, sorted(ends))
 
 
 def read_test_file(path: str) -> list[Sample]:

@@ -134,6 +134,34 @@ def test_the_batch_size_changes_no_answer(house: Path, everyone: Path, tmp_path:
     assert all(answer == everyones[key] for key, answer in answers_of(tmp_path).items())
 
 
+def test_what_a_model_answers_as_the_targets_say_is_not_generated(
+    own_house: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluate_in(own_house, tmp_path, (), max_new_tokens=2)
+    answers, path = {name: answer for (_, name), answer in answers_of(tmp_path).items()}, own_house / "test.jsonl"
+    # Half a character is an answer of tiny models alone: no tokenizer gives its tokens back.
+    samples = [sample for sample in read_samples(path) if "\ufffd" not in answers[sample.id]]
+    assert len(samples) > 2
+    generate, generated = GenerationMixin.generate, []
+
+    def noting(*words: Any, **named: Any) -> Any:
+        generated.append(len(named["input_ids"]))
+        return generate(*words, **named)
+
+    monkeypatch.setattr(GenerationMixin, "generate", noting)
+    right = [replace(sample, target=answers[sample.id]) for sample in samples]
+    keys: set[str] = set()
+    # A draft decides which rows of its batch are generated, and so how they round in bfloat16: all are asked again.
+    for asked, rows in ((right, []), ([samples[0], *right[1:]], [1]), ([*samples[:2], *right[2:]], [2])):
+        write_samples(path, asked)
+        generated.clear()
+        evaluate_in(own_house, tmp_path, (), max_new_tokens=2)
+        assert generated == rows
+        assert answers_of(tmp_path) == {("base", sample.id): answers[sample.id] for sample in samples}
+        assert keys.isdisjoint(row["fingerprint"] for row in rows_of(tmp_path))
+        keys |= {row["fingerprint"] for row in rows_of(tmp_path)}
+
+
 @pytest.mark.parametrize("name", ADAPTERS)
 def test_an_adapter_taken_off_leaves_the_base_bit_for_bit(house: Path, name: str) -> None:
     model = load_model(str(house / "model"), "float32").eval()

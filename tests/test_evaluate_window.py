@@ -167,7 +167,7 @@ def test_prompts_near_the_window_share_a_batch(tmp_path: Path, monkeypatch: pyte
     save_samples(tmp_path / "test.jsonl", "test", length=WINDOW, num_samples=8)
     widths = []
 
-    def count(model: Any, tokenizer: Any, prompts: list, limit: int, ends: list) -> list[str]:
+    def count(model: Any, tokenizer: Any, prompts: list, limit: int, *rest: list) -> list[str]:
         widths.append((len(prompts), limit))
         return ["0"] * len(prompts)
 
