@@ -139,9 +139,11 @@ class Bench:
             known[name] = score_answers(worn.eval(), self.tokenizer, asked, self.options.batch_tokens)
             model = unload_adapter(worn)
             write_json(path, known)
+        # Nobody asks the others any more, nor those of other rates; LoRA's would fill what is carried between machines.
+        for step in folder.parent.glob(f"{system}-*-{seed}/step-*"):
+            if step != folder / f"step-{steps[-1]}":
+                shutil.rmtree(step)
         path.rename(folder / "scores.json")
-        for step in steps[:-1]:  # nobody asks these any more, and LoRA's would fill what is carried between machines
-            shutil.rmtree(folder / f"step-{step}")
         return known
 
     def base(self) -> dict[str, Any]:

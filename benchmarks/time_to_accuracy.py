@@ -12,8 +12,8 @@ and `choice` lets the better of the two answer validation samples, in both wordi
 
 Several processes share a GPU, so their seconds are not those of a training: `timing` trains each system once more,
 alone on its GPU and shorter, and the seconds to an accuracy are the tokens to it times seconds per token there. Alone
-it takes the contexts of a step together, which is the same step in fewer kernels; beside others there is no memory for
-that, and no need.
+it takes the contexts of a step together, padded: the same gradient in fewer kernels; beside others there is no memory
+for that, and no need.
 
     python benchmarks/time_to_accuracy.py data --work runs/tta                # needs the tokenizer only
     python benchmarks/time_to_accuracy.py run --phases knobs choice --work runs/tta --workers 8

@@ -61,8 +61,9 @@ def generate_answers(
         prompts: Token ids of each prompt; shorter ones are padded on the left.
         max_new_tokens: Longest answer in tokens.
         ends: Further tokens that end an answer.
-        drafts: What the answer to each prompt may turn out to be, if there is a guess. They change no answer: where
-            prompts are read apart, so are their drafts, and what the model says as guessed is not generated.
+        drafts: What the answer to each prompt may turn out to be, if there is a guess. They change no answer,
+            except as rounding does: where prompts are read apart, so are their drafts, and what the model says as
+            guessed is not generated.
     """
     stops = _stop_tokens(model, tokenizer, ends)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0

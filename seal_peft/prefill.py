@@ -2,7 +2,7 @@
 
 A padded batch needs a mask of all tokens times all tokens, at 32K tokens a gigabyte for each prompt, and loses the
 flash kernels to it. A step of decoding needs one row of it, so only those steps are a batch's. So the most memory that
-answers take is the cache of a batch and the reading of one prompt, or of a few short ones.
+answers take is the cache of a batch and the reading of one prompt, or of a few short ones, with their drafts' logits.
 """
 
 from __future__ import annotations

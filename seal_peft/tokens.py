@@ -229,7 +229,7 @@ class AnswerCollator:
 
         Returns:
             `input_ids` (B, T), `labels` and `shift_labels` (B, K), and `logits_to_keep`: K where the last K positions
-            are kept, else the positions that are, shared by the rows and counted from the end (K,).
+            are kept, else a list of the positions that are, shared by the rows and counted from the end.
 
         Raises:
             ValueError: If a row has no labels.
@@ -260,7 +260,7 @@ def _filled(values: Sequence[int], length: int, filler: int) -> Tensor:
     return torch.tensor([*values, *[filler] * (length - len(values))])
 
 
-def _kept(following: Tensor) -> tuple[Tensor, int | Tensor]:
+def _kept(following: Tensor) -> tuple[Tensor, int | list[int]]:
     """Positions whose logits are kept, the last one among them, and how a model is told so."""
     rows, length = following.shape
     kept = following.ne(IGNORED).any(dim=0)
@@ -270,5 +270,6 @@ def _kept(following: Tensor) -> tuple[Tensor, int | Tensor]:
     if rows == 1 or len(positions) == length - first:
         # A number of last positions is the form that every architecture knows, and takes no copy of hidden states.
         return torch.arange(first, length), length - first
-    # Counted from the end they also hold where an adapter puts tokens in front, as prompt tuning does.
-    return positions, positions - length
+    # Counted from the end they also hold where an adapter puts tokens in front, as prompt tuning does. A tensor would
+    # be cut like the rows where accelerate shares out batches of a streaming dataset, and stay behind on one device.
+    return positions, (positions - length).tolist()

@@ -1,6 +1,6 @@
 """Batches: logits and gradients where there are labels, as if all had been computed, each row by itself."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PromptTuningConfig, get_peft_model
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset
 from transformers import (
     LlamaForCausalLM,
     Trainer,
@@ -343,6 +344,25 @@ def test_a_step_on_rows_together_is_one_on_rows_apart(
     assert len({count_labels(row) for row in rows}) > 1  # so that a mean over rows would not pass
     together = train(rows, AnswerCollator(), tmp_path, batch_size, batches)
     assert_same_training(together, train(rows, ordinary, tmp_path, 1, 4))
+
+
+class Stream(IterableDataset):
+    """Rows one after another, as streaming datasets come."""
+
+    def __init__(self, rows: list) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, list[int]]]:
+        return iter(self.rows)
+
+
+def test_a_stream_of_rows_trains_as_a_list_does(rows: list, tmp_path: Path) -> None:
+    # accelerate cuts the tensors of a stream's batches to the number of rows.
+    streamed, listed = (
+        train(given, AnswerCollator(), tmp_path, 2, 1, train_sampling_strategy="sequential")
+        for given in (Stream(rows * 2), rows * 2)
+    )
+    assert_same_training(streamed, listed)
 
 
 def test_batches_grouped_by_length_hold_less_padding(rows: list, tmp_path: Path) -> None:
