@@ -139,7 +139,7 @@ class Bench:
             known[name] = score_answers(worn.eval(), self.tokenizer, asked, self.options.batch_tokens)
             model = unload_adapter(worn)
             write_json(path, known)
-        # Nobody asks the others any more, nor those of other rates; LoRA's would fill what is carried between machines.
+        # Nobody asks the others any more, nor those of other rates; LoRA's would fill what is carried elsewhere.
         for step in folder.parent.glob(f"{system}-*-{seed}/step-*"):
             if step != folder / f"step-{steps[-1]}":
                 shutil.rmtree(step)
