@@ -232,8 +232,15 @@ class AnswerCollator:
             are kept, else a list of the positions that are, shared by the rows and counted from the end.
 
         Raises:
-            ValueError: If a row has no labels.
+            ValueError: If a row has no labels, or not one for each token.
         """
+        for feature in features:
+            tokens, labels = len(feature["input_ids"]), len(feature.get("labels", ()))
+            if tokens != labels:
+                raise ValueError(
+                    f"A row has {tokens} input_ids and {labels} labels. Each token needs one, -100 where nothing "
+                    "is to be learned. Rows for training come from training_rows."
+                )
         length = max(len(feature["input_ids"]) for feature in features)
         # Each position's label is the token behind it; the last position has none.
         following = torch.stack([_filled(feature["labels"][1:], length, IGNORED) for feature in features])

@@ -73,6 +73,16 @@ def test_tokens_and_points_are_those_of_the_training(bench):
     assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
 
 
+def test_of_all_adapters_only_the_last_one_that_answered_is_kept(bench):
+    _, made = bench
+    for phase, names in (("final", SYSTEMS), ("knobs", KNOBS)):
+        for name in names:
+            (last,) = (made.folder / phase).glob(f"{name}-*-0/step-*")
+            assert last == made.path(phase, name, made.best(name), 0) / last.name
+            points = json.loads((last.parent / "run.json").read_text())["points"]
+            assert last.name == f"step-{points[-1]['step']}"
+
+
 def test_an_accuracy_counts_from_the_point_after_the_last_that_misses_it(bench, monkeypatch):
     import time_summary
 

@@ -346,6 +346,13 @@ def test_a_step_on_rows_together_is_one_on_rows_apart(
     assert_same_training(together, train(rows, ordinary, tmp_path, 1, 4))
 
 
+@pytest.mark.parametrize("labels", [{}, {"labels": [5]}, {"labels": [IGNORED, 5, 6, 7]}])
+def test_a_row_without_a_label_for_each_token_is_refused(labels: dict[str, list[int]]) -> None:
+    number = len(labels.get("labels", ()))
+    with pytest.raises(ValueError, match=rf"A row has 3 input_ids and {number} labels. Each token needs one, -100"):
+        AnswerCollator()([{"input_ids": [4, 5, 6], **labels}])
+
+
 class Stream(IterableDataset):
     """Rows one after another, as streaming datasets come."""
 
