@@ -19,7 +19,7 @@ def test_every_page_says_what_the_files_have():
 @pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
 def test_one_changed_digit_of_a_figure_is_found(name):
     page = TEXTS[name]
-    marks = [mark for mark in render.MARK.finditer(page) if mark[3].strip() != render.MISSING]
+    marks = [mark for mark in render.MARK.finditer(page) if re.search(r"\d", mark[3])]
     assert len(marks) >= 3
     for mark in marks:
         last = mark.start(3) + [digit.start() for digit in re.finditer(r"\d", mark[3])][-1]
