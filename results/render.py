@@ -7,8 +7,9 @@ A figure stands between a comment with a Jinja template over one results file, a
 A template of one line is a piece of a sentence; one of several lines is a block, such as a table. Names are those of
 the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`, and
 `report` is `seal_peft.report`, which makes tables of metrics, `sites` makes those of benchmarks/sites.py, `picture`
-shows what was drawn with the file. Where a file is not there yet, the page says so. In the pages of `STRICT` nothing
-that looks like a measurement, a number with decimals or with a unit, stands anywhere else.
+shows what was drawn with the file, `other` is what another file has, for a table over several. Where a file is not
+there yet, the page says so. In the pages of `STRICT` nothing that looks like a measurement, a number with decimals or
+with a unit, stands anywhere else.
 
     python results/render.py          # make results: write the figures into the pages, copy pictures to docs/images
     python results/render.py --check  # make results-check: change nothing, fail where a page says something else
@@ -79,6 +80,12 @@ def picture(name: str, text: str, copies: bool) -> str:
     return f"![{text}](images/{copy.name})"
 
 
+def other(file: str) -> dict[str, Any]:
+    """Return what another results file has, which is nothing where it is not there yet."""
+    path = ROOT / file
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def environment(copies: bool = False) -> Environment:
     """Make what templates are rendered with; pictures are copied into docs/ if it is asked for."""
     made = Environment(undefined=StrictUndefined, autoescape=False)
@@ -87,6 +94,7 @@ def environment(copies: bool = False) -> Environment:
     made.filters["interval"] = interval
     made.globals["report"] = report
     made.globals["sites"] = sites
+    made.globals["other"] = other
     made.globals["picture"] = partial(picture, copies=copies)
     return made
 

@@ -80,16 +80,62 @@ def test_the_results_are_means_over_seeds_with_what_it_took(done) -> None:
     assert (folder / "out" / "reproduce-mini" / "lines-lengths.png").is_file()
 
 
-def test_the_page_takes_the_results_file_of_the_part(done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder, _ = done
+@pytest.fixture
+def copied(done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The picture's copy in docs/ of a repository without results files."""
     monkeypatch.setattr(render, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
     copy = tmp_path / "docs" / "images" / "reproduce-lines-lines-lengths.png"
     copy.parent.mkdir(parents=True)
-    shutil.copy(folder / "out" / "reproduce-mini" / "lines-lengths.png", copy)
-    (page,) = filled("results/reproduce-lines.json", result_of(folder))
+    return shutil.copy(done[0] / "out" / "reproduce-mini" / "lines-lengths.png", copy)
+
+
+def test_the_page_takes_the_results_file_of_the_part(done, copied: Path) -> None:
+    _, page = filled("results/reproduce-lines.json", result_of(done[0]))
     assert "| lines | 500 | 2 |" in page
     assert re.search(r"^- seal-h: 8 parameters, \d+ tokens of training$", page, re.MULTILINE)
-    assert page.rstrip().endswith(f"![Score by length](images/{copy.name})")
+    assert page.rstrip().endswith(f"![Score by length](images/{copied.name})")
+
+
+def test_the_first_table_of_the_readme_has_a_column_for_each_cost_that_was_measured(done, copied: Path) -> None:
+    result = result_of(done[0])
+    for cell in result["cells"]:
+        if cell["length"] == 500 and cell["depth"] is None:
+            cell.update(length=8192, accuracy=0.75 if cell["system"] == "lora" else 0.5)
+
+    def first_table(**files: dict[str, object]) -> tuple[list[list[str]], str]:
+        for name, data in files.items():
+            (render.ROOT / "results" / f"{name.replace('_', '-')}.json").write_text(json.dumps(data))
+        text, _ = filled("results/reproduce-lines.json", result)
+        rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line[:1] == "|"]
+        assert {len(row) for row in rows} == {len(rows[0])}
+        return rows[2:], text.rpartition("|\n")[2].strip()
+
+    rows, words = first_table()
+    assert rows[0] == ["base model", "", "", "", "0.50"]
+    assert rows[1:] == [["SEAL-H, a scale for each head", "8", "", "", "0.50"], ["LoRA", "2,176", "", "", "0.75"]]
+    assert words.startswith("Accuracy is on 1 held-out samples of each length, a mean over 2 trainings with 2")
+    assert len(words.splitlines()) == 1
+
+    steps = {"seal-h": {"overhead_percent": 0.54}, "lora r=4 q,k,v,o": {"overhead_percent": 13.01}}
+    rows, words = first_table(step_8b={"results": {"31744": {"systems, cudnn attention": {"rows": steps}}}})
+    assert [row[5] for row in rows] == ["", "0.5%", "13.0%"]
+    assert len(words.splitlines()) == 2
+
+    def to(seconds: float | None) -> dict[str, object]:
+        return {"to 0.95": {"seconds": seconds}}
+
+    timed = {"paper": to(301.7), "lora": to(None)}
+    rows, words = first_table(time_to_accuracy={"systems": timed, "device": "NVIDIA H200"})
+    assert [row[5:] for row in rows] == [["", ""], ["", "0.5%"], ["not reached", "13.0%"]]
+    assert "training with our recipe on one NVIDIA H200 until" in words
+    assert "; empty: not measured); with the paper's, one question a context, SEAL-C takes 302 s." in words
+
+    timed = {"paper": to(None), **dict.fromkeys(("seal-h", "seal-c", "lora", "dora"), to(41.2))}
+    rows, words = first_table(time_to_accuracy={"systems": timed, "device": "NVIDIA H200"})
+    assert [row[5] for row in rows] == ["", "41 s", "41 s"]
+    assert "empty" not in words
+    assert "SEAL-C does not get there." in words
 
 
 def test_each_score_of_the_heads_is_a_job_of_its_own_beside_the_answers(

@@ -91,3 +91,19 @@ def test_a_picture_is_a_copy_in_docs_of_the_one_that_was_drawn(
     assert complaint in render.problems("docs/own.md", page, JINJA)[0]
     drawn.unlink()
     assert render.problems("docs/own.md", page, JINJA) == []
+
+
+def test_a_table_over_several_files_is_checked_against_all_of_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "own.json").write_text('{"accuracy": 0.9}')
+    cost = '{% for seconds in other("results/cost.json").values() %}, {{ seconds }} s{% endfor %}'
+    template = f"<!-- results/own.json:\n{{{{ accuracy }}}}{cost}\n-->"
+    page = f"A page.\n\n{template}\n\n0.9\n\n<!-- end -->"
+    assert render.problems("docs/own.md", page, JINJA) == []  # the other one is not there yet
+    (tmp_path / "results" / "cost.json").write_text('{"seconds": 41}')
+    assert render.problems("docs/own.md", page, JINJA) == [
+        "docs/own.md: results/own.json has '0.9, 41 s', the page has '0.9'"
+    ]
