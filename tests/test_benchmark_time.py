@@ -63,14 +63,29 @@ def test_tokens_and_points_are_those_of_the_training(bench):
     timed = made.train(*made.jobs("timing")[0])["points"][-1]
     few = made.rows(made._training_samples("timing", made.systems["seal-c"], 0))
     assert (timed["step"], timed["tokens"]) == (1, sum(len(row["input_ids"]) for row in few))
-    main, knobs = filled("results/time-to-accuracy.json", result)
+    _, main, aims, knobs = filled("results/time-to-accuracy.json", result)
     assert "| seal-c | 96 |" in main
+    assert not aims.strip(), "there is nobody to compare with"
     rows = [line for line in knobs.splitlines() if line.startswith("| ")]
     assert set(KNOBS) == {row.split(" | ")[0].removeprefix("| ") for row in rows[2:]}
     assert "Our recipe was chosen from this table" in knobs
-    _, without = filled("results/time-to-accuracy.json", {**result, "knobs": {}})
+    *_, without = filled("results/time-to-accuracy.json", {**result, "knobs": {}})
     assert without.strip() == "Not measured: our recipe was chosen without it."
     assert result["base"]["original"]["n"] == result["systems"]["seal-c"]["reworded"]["n"] == 2
+
+
+def test_the_page_compares_ours_with_the_paper_and_with_lora_where_all_are_there(bench):
+    result = json.loads(bench[1].options.output.read_text())
+    own = {**result["systems"]["seal-c"], "to 0.95": {"reached": 0, "seconds": None, "tokens": None}}
+
+    def to(seconds: float, tokens: int) -> dict[str, object]:
+        return {**own, "to 0.9": {"reached": 1, "seconds": seconds, "tokens": tokens}}
+
+    systems = {"paper": to(96.0, 4200), "lora": to(41.2, 1900), "seal-c": to(16.0, 1400)}
+    _, _, aims, _ = filled("results/time-to-accuracy.json", {**result, "systems": systems})
+    assert "0.95 within 60 s: missed." in aims
+    assert "to 0.90 6.0 times fewer, 3.0 times fewer tokens" in aims
+    assert "to 0.90 16 s against 41 s. They need 1,400 and 1,900 tokens" in aims
 
 
 def test_of_all_adapters_only_the_last_one_that_answered_is_kept(bench):

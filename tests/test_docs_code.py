@@ -117,8 +117,8 @@ def run_shell(line: str, model: Path) -> None:
         start = words.index("--lengths") + 1
         end = next((i for i in range(start, len(words)) if words[i].startswith("--")), len(words))
         words[start:end] = ["1000", "1200"][: end - start]
-    if "--num_samples" in words:
-        words[words.index("--num_samples") + 1] = "2"
+    for few in {"--num_samples", "--questions_per_context"} & {*words}:  # many questions do not fit these lengths
+        words[words.index(few) + 1] = "2"
     # Lines of a page are alternatives, and may name one folder.
     words += {"train": ["--max_steps", "1", "--overwrite_output_dir"], "evaluate": ["--max_new_tokens", "2"]}.get(
         stage, []
