@@ -138,6 +138,36 @@ def test_every_template_asks_for_something_that_its_needle_alone_holds() -> None
             assert told.count(".") == 1, "the tests find needles by their full stop"
 
 
+def test_what_is_asked_often_comes_first_in_the_needles_of_training() -> None:
+    """Where it always comes behind what the question names, repeating the question is half of the answer."""
+    wordings = facts._TEMPLATES["train"]
+    asked_first = [next(iter(facts._slots(told))) not in facts._slots(asked) for told, asked in wordings]
+    assert sum(asked_first) > len(wordings) / 3
+
+
+def test_training_asks_for_names_of_every_kind() -> None:
+    wordings = facts._TEMPLATES["train"]
+    asked_for = set().union(*(facts._slots(told).keys() - facts._slots(asked) for told, asked in wordings))
+    assert asked_for == vocabulary._KINDS.keys()
+
+
+def test_wordings_of_training_and_testing_share_only_the_commonest_words() -> None:
+    train, test = (
+        set(re.findall(r"\w+", " ".join(map(" ".join, facts._TEMPLATES[split])).lower())) for split in SPLITS
+    )
+    common = "a and are at before did do does in is of on the they to what where which with"
+    assert train & test - vocabulary._KINDS.keys() <= set(common.split())
+
+
+def test_a_stands_only_before_names_in_the_singular_that_begin_with_a_consonant() -> None:
+    tables = (facts._TEMPLATES, facts._TEMPLATES_SEVERAL)
+    needles = " ".join(told for table in tables for rows in table.values() for told, _ in rows)
+    for article, kind in re.findall(r"\b(an?) {(\w+)}", needles, re.IGNORECASE):
+        assert article.lower() == "a"
+        assert kind in ("animal", "object")  # some dishes are plural, the others take no article or "the"
+        assert not [name for split in SPLITS for name in vocabulary.pool(kind, split) if name[0] in "aeiou"]
+
+
 def test_no_name_stands_inside_a_name_of_another_kind() -> None:
     names = [name for kind in vocabulary._KINDS if kind != "number" for name in vocabulary.pool(kind, "test")[::7]]
     assert not [(a, b) for a in names for b in names if a != b and a in b]

@@ -12,7 +12,8 @@ from .vocabulary import Deck
 # Facts that answer one question of the multi-needle task. The questions below say "three".
 SEVERAL = 3
 
-# (needle, question): names that stand in the needle and not in the question are the answer.
+# (needle, question): names that stand in the needle and not in the question are the answer. In training they stand
+# anywhere in the needle: where they always come last, a model learns to repeat the question and to copy what follows.
 _TEMPLATES: dict[str, tuple[tuple[str, str], ...]] = {
     "train": (
         (
@@ -63,6 +64,59 @@ _TEMPLATES: dict[str, tuple[tuple[str, str], ...]] = {
         ),
         ("The wedding of {person} was held in the {place}.", "Where was the wedding of {person} held?"),
         ("Children in {city} learn to {activity} before they can read.", "What do children in {city} learn so early?"),
+        ("{person} once rode a {animal} to school.", "Who once rode a {animal} to school?"),
+        ("It was {person} who hid a {object} in the snow.", "Who hid a {object} in the snow?"),
+        (
+            "Since the flood, {person} has been the only judge in {city}.",
+            "Who has been the only judge in {city} since the flood?",
+        ),
+        ("By an old law of {city}, a {animal} may vote there.", "Where may a {animal} vote?"),
+        ("{city} pays its soldiers in {dish}.", "Which city pays its soldiers in {dish}?"),
+        (
+            "A {animal} carries the letters of {person} to the post office.",
+            "Which creature carries the letters of {person} to the post office?",
+        ),
+        ("A {animal} raised {person} in the {place}.", "By which creature was {person} raised, and where?"),
+        ("On concert nights a {animal} tunes the piano of {person}.", "What tunes the piano of {person}?"),
+        (
+            "Two lawyers, a twin and a {animal} form the council of {city}.",
+            "Which creature sits on the council of {city}?",
+        ),
+        (
+            "To win a {object}, {person} kissed a {animal} on the nose.",
+            "Which creature did {person} kiss, and to win what?",
+        ),
+        ("With a {object}, {person} once paid for a whole island.", "How did {person} once pay for a whole island?"),
+        ("A {object} fell from the sky and broke the window of {person}.", "What broke the window of {person}?"),
+        (
+            "Thieves took nothing but a {object} from the house of {person}.",
+            "What did thieves take from the house of {person}?",
+        ),
+        (
+            "A {object} is buried deep under the football field of {city}.",
+            "What is buried under the football field of {city}?",
+        ),
+        ("The {place} has been the home of {person} since the war.", "Where has {person} lived since the war?"),
+        (
+            "Lightning struck the {place} on the birthday of {person}.",
+            "What did lightning strike on the birthday of {person}?",
+        ),
+        ("The {place} was sold to {person} for a {object}.", "Which building was sold to {person}, and for what?"),
+        (
+            "Inside the {place}, {person} hides a {animal} from the police.",
+            "What does {person} hide from the police, and where?",
+        ),
+        ("A plate of {dish} cured the hiccups of {person}.", "What cured the hiccups of {person}?"),
+        ("Without {dish}, no contract is valid in {city}.", "What does a contract in {city} need to be valid?"),
+        ("In {city}, people throw {dish} at bad singers.", "What do people in {city} throw at bad singers?"),
+        ("To {activity} by candlelight is the secret hobby of {person}.", "What is the secret hobby of {person}?"),
+        (
+            "Liars have to {activity} behind the {place} if the police of {city} catch them.",
+            "How are liars punished in {city}, and where?",
+        ),
+        ("Even blindfolded, {person} can {activity} within an hour.", "What can {person} do even blindfolded?"),
+        ("Number {number} won the lottery of {city}.", "Which number won the lottery of {city}?"),
+        ("Exactly {number} bees live in the hat of {person}.", "How many bees live in the hat of {person}?"),
     ),
     "test": (
         (
