@@ -326,6 +326,13 @@ def test_parts_share_the_adapters_of_lines() -> None:
     assert len(set(paths.values())) == 1
 
 
+def test_the_guard_has_the_adapter_of_samples_that_was_trained_on_as_many_contexts_as_the_papers() -> None:
+    runs = {name: run.Run(name, PARTS[name], stage.ReproduceArguments()) for name in ("samples", "guard")}
+    paths = {name: run.adapter(PARTS[name].trainings["seal-c 50"], 0) for name, run in runs.items()}
+    assert len(set(paths.values())) == 1
+    assert runs["guard"].systems().keys() == {"base", *PARTS["lines"].trainings, "seal-c 50"}
+
+
 def test_the_matrices_hold_each_system_in_its_place(tmp_path: Path) -> None:
     names = ["base", "0.01 x 10", "0.01 x 50", "0.02 x 10"]
     metrics = {"systems": {name: {"accuracy": n / 10} for n, name in enumerate(names)}}
