@@ -97,13 +97,18 @@ class Bench:
             "contexts": len(rows),
             "parameters": model.get_nb_trainable_parameters()[0],
             "peak_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "valid_loss": mean_loss(model.eval(), self.rows(self.samples("valid")), collator),
+            # Nobody chooses by what was trained for the clock alone, and the machine is waiting.
+            "valid_loss": None if phase == "timing" else self.valid_loss(model, collator),
             "losses": [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry],
             **provenance(),
         }
         write_json(output / "run.json", run)
         clock.remove_checkpoints()
         return run
+
+    def valid_loss(self, model: Any, collator: AnswerCollator) -> float:
+        """Loss of a trained model on the validation samples."""
+        return mean_loss(model.eval(), self.rows(self.samples("valid")), collator)
 
     def points(self, rows: list[dict[str, list[int]]]) -> int:
         """How often a training is tested: after as many tokens as ours, so that nobody has the coarser grid."""
@@ -169,8 +174,9 @@ class Bench:
             return [(phase, name, rate, 0) for name in systems for rate in METHODS[SYSTEMS[name].method][2]]
         if phase == "finalists":
             return [("final", name, rate, 0) for name in systems for rate in self.two_best(name)]
-        if phase == "timing":
-            return [(phase, name, METHODS[SYSTEMS[name].method][2][0], 0) for name in systems]
+        if phase == "timing":  # round by round: what slows the machine for a while does not slow one system alone
+            rates = {name: METHODS[SYSTEMS[name].method][2][0] for name in systems}
+            return [(phase, name, rates[name], seed) for seed in range(self.size.seeds) for name in systems]
         return [(phase, name, self.best(name), seed) for name in systems for seed in range(self.size.seeds)]
 
     def files(self, phase: str) -> dict[Path, Callable[[], object]]:

@@ -35,7 +35,7 @@ class Size:
         valid: Validation contexts, for the loss.
         choice: Validation samples that knobs answer.
         searched: Contexts of a training of the search.
-        timed: Contexts of a training whose seconds count.
+        timed: Contexts of a training whose seconds count; each seed is a round of these.
         seeds: Seeds of data and training.
     """
 
@@ -51,7 +51,7 @@ class Size:
 
 
 SIZES = {
-    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 1200, 325, 24, 100, 200, 100, 3),
+    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 1200, 325, 24, 100, 200, 40, 3),
     "tiny": Size((1536, 2600), 4, 6, 4, 2, 2, 2, 2, 1),
 }
 

@@ -91,7 +91,7 @@ def copied(done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_the_page_takes_the_results_file_of_the_part(done, copied: Path) -> None:
-    _, page, _ = filled("results/reproduce-lines.json", result_of(done[0]))
+    page = next(text for text in filled("results/reproduce-lines.json", result_of(done[0])) if "| lines |" in text)
     assert "| lines | 500 | 2 |" in page
     assert re.search(r"^- seal-h: 8 parameters, \d+ tokens of training$", page, re.MULTILINE)
     assert page.rstrip().endswith(f"![Score by length](images/{copied.name})")
@@ -120,22 +120,13 @@ def test_the_first_table_of_the_readme_has_a_column_for_each_cost_that_was_measu
     steps = {"seal-h": {"overhead_percent": 0.54}, "lora r=4 q,k,v,o": {"overhead_percent": 13.01}}
     rows, words = first_table(step_8b={"results": {"31744": {"systems, cudnn attention": {"rows": steps}}}})
     assert [row[5] for row in rows] == ["", "0.5%", "13.0%"]
-    assert len(words.splitlines()) == 2
+    assert "step on 31,744 tokens" in words
+    assert "Perplexity" not in words
 
-    def to(seconds: float | None) -> dict[str, object]:
-        return {"to 0.9": {"seconds": seconds}}
-
-    timed = {"paper": to(301.7), "lora": to(None)}
-    rows, words = first_table(time_to_accuracy={"systems": timed, "device": "NVIDIA H200"})
-    assert [row[5:] for row in rows] == [["", ""], ["", "0.5%"], ["not reached", "13.0%"]]
-    assert "training with our recipe on one NVIDIA H200 until" in words
-    assert "; empty: not measured); with the paper's, one question a context, SEAL-C takes 302 s." in words
-
-    timed = {"paper": to(None), **dict.fromkeys(("seal-h", "seal-c", "lora", "dora"), to(41.2))}
-    rows, words = first_table(time_to_accuracy={"systems": timed, "device": "NVIDIA H200"})
-    assert [row[5] for row in rows] == ["", "41 s", "41 s"]
-    assert "empty" not in words
-    assert "SEAL-C does not get there." in words
+    essays = {"base": {"perplexity": 31.64}, "lora": {"perplexity": 76.18}}
+    rows, words = first_table(reproduce_guard={"guard": essays})
+    assert [row[5:] for row in rows] == [["32", ""], ["", "0.5%"], ["76", "13.0%"]]
+    assert "Perplexity is what they cost the model elsewhere" in words
 
 
 def test_each_score_of_the_heads_is_a_job_of_its_own_beside_the_answers(
