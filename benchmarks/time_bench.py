@@ -171,9 +171,10 @@ class Bench:
             return [("knobs", knob, self.best(knob), 0) for knob in KNOBS]
         systems = sorted(self.systems, key=lambda name: name not in SLOWEST)
         if phase == "search":
-            return [(phase, name, rate, 0) for name in systems for rate in METHODS[SYSTEMS[name].method][2]]
+            searched = dict.fromkeys(map(_searched_as, systems))
+            return [(phase, name, rate, 0) for name in searched for rate in METHODS[SYSTEMS[name].method][2]]
         if phase == "finalists":
-            return [("final", name, rate, 0) for name in systems for rate in self.two_best(name)]
+            return [("final", name, rate, 0) for name in systems for rate in self.three_best(name)]
         if phase == "timing":  # round by round: what slows the machine for a while does not slow one system alone
             rates = {name: METHODS[SYSTEMS[name].method][2][0] for name in systems}
             return [(phase, name, rates[name], seed) for seed in range(self.size.seeds) for name in systems]
@@ -195,16 +196,16 @@ class Bench:
         """Validation loss of a system or knob with each of its learning rates."""
         if name in KNOBS:
             return self._losses("knobs", "knobs", name, KNOB_RATES)
-        return self._losses("search", "search", name, METHODS[SYSTEMS[name].method][2])
+        return self._losses("search", "search", _searched_as(name), METHODS[SYSTEMS[name].method][2])
 
-    def two_best(self, name: str) -> list[float]:
-        """The two learning rates of a system with the lowest validation loss after a short training."""
+    def three_best(self, name: str) -> list[float]:
+        """The learning rates of a system with the lowest validation loss after a short training."""
         losses = self.searched(name)
-        return sorted(losses, key=losses.__getitem__)[:2]
+        return sorted(losses, key=losses.__getitem__)[:3]
 
     def finalists(self, name: str) -> dict[float, float]:
-        """Validation loss of these two after a training with all contexts, which is the first seed's."""
-        return self._losses("finalists", "final", name, self.two_best(name))
+        """Validation loss of these three after a training with all contexts, which is the first seed's."""
+        return self._losses("finalists", "final", name, self.three_best(name))
 
     def best(self, name: str) -> float:
         """Learning rate with the lowest validation loss."""
@@ -234,6 +235,12 @@ class Bench:
                 spread([str(SCRIPT), "work", "--phases", phase, "--until", str(until), *shared], workers)
             if left := self.left(phase):
                 sys.exit(f"{phase}: {len(left)} jobs are left; call this again to go on.")
+
+
+def _searched_as(name: str) -> str:
+    """The system whose search is a system's own: short trainings do not tell shares of the contexts apart."""
+    recipe = SYSTEMS[name]
+    return name if recipe.share == 1 else recipe.method
 
 
 def _arguments(output: Path, recipe: Recipe, rate: float, seed: int, together: int) -> TrainingArguments:

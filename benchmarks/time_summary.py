@@ -67,7 +67,7 @@ def _outcome(bench: Bench, phase: str, system: str, rate: float, seed: int) -> d
 def _not_chosen(bench: Bench, system: str, chosen: float) -> dict[str, Any]:
     """Trainings with other rates that have answered all the same, before there was a better one."""
     found = {}
-    for rate in bench.two_best(system):
+    for rate in bench.three_best(system):
         if rate != chosen and (bench.path("final", system, rate, 0) / "scores.json").is_file():
             outcome = _outcome(bench, "final", system, rate, 0)
             ends = {name: interval_over_seeds([outcome[f"{name}_scores"]]) for name in ("last", "reworded")}

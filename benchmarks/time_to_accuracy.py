@@ -2,16 +2,16 @@
 
 The paper's recipe (one question a context, all at full length, constant learning rate, one context a step) against
 ours, and under ours SEAL-H and SEAL-C, each also with temperatures, IA3, LoRA and DoRA. Every system gets a search
-over as many learning rates, on as many contexts, by the loss on validation samples. `finalists` trains the two best
-with all contexts, as a short training takes higher rates than a long one, and the better one gets all seeds. Adapters
+over as many learning rates, on as many contexts, by the loss on validation samples. `finalists` trains the three best
+with all contexts, as a short training takes higher rates than a long one, and the best one gets all seeds. Adapters
 are saved at several points of the training, with the clock stopped. The last one answers 200 held-out
 samples, also in another wording, and a bisection finds the point from where on the others have an accuracy.
 
 Our recipe is chosen before: `knobs` trains SEAL-C with one setting changed at a time, each with two learning rates,
 and `choice` lets the better of the two answer validation samples, in both wordings.
 
-Several processes share a GPU, so their seconds are not those of a training: `timing` trains each system once more,
-alone on its GPU and shorter, and the seconds to an accuracy are the tokens to it times seconds per token there. Alone
+Several processes share a GPU, so their seconds are not those of a training: `timing` trains each system again, alone
+on its GPU, shorter and in rounds; seconds to an accuracy are the tokens to it times seconds per token there. Alone
 it takes the contexts of a step together, padded: the same gradient in fewer kernels; beside others there is no memory
 for that, and no need.
 

@@ -39,7 +39,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
         folder = tmp_path_factory.mktemp("tta")
         options = {"model": str(save_model(folder / "model")), "work": str(folder / "work"), "size": "tiny"}
         numbers = {"num_samples": 2, "points": POINTS, "batch_tokens": 5000, "until": float("inf")}
-        patch.setitem(script.METHODS, "seal-c", (*script.METHODS["seal-c"][:2], (0.1, 0.2, 0.3)))
+        patch.setitem(script.METHODS, "seal-c", (*script.METHODS["seal-c"][:2], (0.05, 0.1, 0.2, 0.3)))
         patch.setitem(script.SYSTEMS, "seal-c", script.KNOBS["nothing"])  # whatever ours is
         patch.setattr(script, "KNOBS", {name: script.KNOBS[name] for name in KNOBS})
         script.SIZES["tiny"] = replace(script.SIZES["tiny"], contexts=2, full=2, long=1, choice=1)
@@ -62,8 +62,8 @@ def test_tokens_and_points_are_those_of_the_training(bench):
         assert len(run["points"]) == POINTS  # 4 contexts, 2 a step
         assert len(entry["seconds_per_token"]) == made.size.seeds
         search, finalists = entry["search"], entry["finalists"]
-        assert list(finalists) == sorted(search, key=search.__getitem__)[:2]
-        assert len(search) == 3
+        assert list(finalists) == sorted(search, key=search.__getitem__)[:3]
+        assert len(search) == 4
         assert entry["rate"] == float(min(finalists, key=finalists.__getitem__))
     # Two contexts are one padded batch there; padding counts as nothing.
     timed = made.train(*made.jobs("timing")[0])["points"][-1]
@@ -114,7 +114,8 @@ def test_seconds_are_the_median_of_rounds_and_none_where_a_round_is_missing(benc
     }
     monkeypatch.setattr(made, "train", lambda *job: {"points": points[job[-1]]})
     assert time_summary._seconds_per_token(made, "seal-c") == []
-    monkeypatch.setattr(made, "path", lambda *job: made.folder / "timing" / "seal-c-0.1-0")
+    there = made.path(*jobs[0])
+    monkeypatch.setattr(made, "path", lambda *job: there)
     assert time_summary._seconds_per_token(made, "seal-c") == [0.9, 0.2, 0.4]
 
 
@@ -123,16 +124,27 @@ def test_a_rate_that_answered_and_was_not_chosen_is_told(bench, monkeypatch):
 
     _, made = bench
     chosen = made.best("seal-c")
-    (other,) = set(made.two_best("seal-c")) - {chosen}
+    others = set(made.three_best("seal-c")) - {chosen}
     assert time_summary._not_chosen(made, "seal-c", chosen) == {}
     own = made.path("final", "seal-c", chosen, 0)
     monkeypatch.setattr(made, "path", lambda *job: own)
     told = time_summary._not_chosen(made, "seal-c", chosen)
-    assert list(told) == [f"{other:g}"]
-    assert told[f"{other:g}"]["last"]["n"] == 2
+    assert set(told) == {f"{other:g}" for other in others}
+    (_, other) = told
+    assert told[other]["last"]["n"] == 2
     result = json.loads(made.options.output.read_text())
     result["systems"]["seal-c"]["not_chosen"] = told
-    assert f"| seal-c, not chosen, one seed | 96 | {other:g} |" in shown(result)[0]
+    assert f"| seal-c, not chosen, one seed | 96 | {other} |" in shown(result)[0]
+
+
+def test_half_of_the_contexts_have_the_search_of_all(bench, monkeypatch):
+    script, made = bench
+    name = "seal-c, half of the contexts"
+    assert script.SYSTEMS[name].share == 0.5
+    assert made.searched(name) == made.searched("seal-c")
+    monkeypatch.setattr(made, "systems", {name: script.SYSTEMS[name]})
+    assert {system for _, system, *_ in made.jobs("search")} == {"seal-c"}
+    assert {system for _, system, *_ in made.jobs("finalists")} == {name}
 
 
 def test_of_all_adapters_only_the_last_one_that_answered_is_kept(bench):
