@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 import models
 from faults import signal_that_ended, start
 from pages import filled, render
-from seal_peft import SealConfig
+from seal_peft import SealConfig, scales
 from seal_peft.heads.stage import SCORES
 from seal_peft.loading import load_tokenizer
 from seal_peft.prefill import can_prefill_apart
@@ -226,6 +226,22 @@ def test_a_folder_of_another_model_or_size_is_refused(done, capsys: pytest.Captu
         stage.reproduce(stage.ReproduceArguments(["lime"]))
 
 
+def test_a_tiny_run_trains_and_touches_no_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(
+        stage.PARTS,
+        "mini",
+        replace(MINI, trainings={"seal-h": replace(MINI.trainings["seal-h"], recipe="default")}, seeds=1),
+    )
+    model = save_model(tmp_path / "model", max_position_embeddings=4096)
+    assert seal("reproduce", "mini", "--model_name_or_path", model, "--size", "tiny") == 0
+    assert not (tmp_path / "results").exists()
+    work = tmp_path / "runs" / "reproduce-tiny"
+    assert (work / "reproduce-mini.json").is_file()
+    (adapter,) = (work / "adapters").iterdir()
+    assert all((scale != 1).all() for scale in scales(adapter).values())
+
+
 def test_a_part_that_was_begun_with_another_batch_is_refused_and_its_samples_are_not(
     done, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,7 +278,7 @@ def test_every_row_of_the_table_names_what_there_is(name: str) -> None:
             assert made.meta["questions"] == questions
     assert {t.recipe for t in part.trainings.values()} <= set(RECIPES)
     arguments = stage.ReproduceArguments()
-    folders = [run.Run(name, part, arguments).adapter(t, 0).name for t in part.trainings.values()]
+    folders = [run.Run(name, part, arguments, Path(), Path()).adapter(t, 0).name for t in part.trainings.values()]
     assert len(set(folders)) == len(folders)
     assert max(shrunk(part).test.lengths) <= 2048
 
@@ -305,20 +321,25 @@ def test_every_system_of_the_parts_reads_prompts_apart_so_that_memory_grows_with
 def test_another_setting_of_a_training_has_an_adapter_and_answers_of_its_own(change: dict) -> None:
     training = replace(MINI.trainings["seal-h"], extension={"rope_parameters": {"factor": 4.0}})
     parts = [replace(MINI, trainings={"seal-h": each}) for each in (training, replace(training, **change))]
-    before, after = (run.Run("mini", part, stage.ReproduceArguments()) for part in parts)
+    before, after = (run.Run("mini", part, stage.ReproduceArguments(), Path(), Path()) for part in parts)
     assert before.folder != after.folder
     paths = {each.adapter(each.part.trainings["seal-h"], 0) for each in (before, after)}
     assert len(paths) == 2
 
 
 def test_parts_share_the_adapters_of_lines() -> None:
-    runs = {name: run.Run(name, PARTS[name], stage.ReproduceArguments()) for name in ("lines", "guard", "heads")}
+    runs = {
+        name: run.Run(name, PARTS[name], stage.ReproduceArguments(), Path(), Path())
+        for name in ("lines", "guard", "heads")
+    }
     paths = {name: run.adapter(PARTS[name].trainings["seal-h"], 0) for name, run in runs.items()}
     assert len(set(paths.values())) == 1
 
 
 def test_the_guard_has_the_adapter_of_samples_that_was_trained_on_as_many_contexts_as_the_papers() -> None:
-    runs = {name: run.Run(name, PARTS[name], stage.ReproduceArguments()) for name in ("samples", "guard")}
+    runs = {
+        name: run.Run(name, PARTS[name], stage.ReproduceArguments(), Path(), Path()) for name in ("samples", "guard")
+    }
     paths = {name: run.adapter(PARTS[name].trainings["seal-c 50"], 0) for name, run in runs.items()}
     assert len(set(paths.values())) == 1
     assert runs["guard"].systems().keys() == {"base", *PARTS["lines"].trainings, "seal-c 50"}

@@ -41,12 +41,14 @@ class Run:
     Args:
         name: Its key in `PARTS`.
         part: Its settings.
-        arguments: Model, folders and batch size.
+        arguments: Model and batch size.
+        work: Folder for samples, adapters and answers.
+        output: Folder for the results file.
     """
 
-    def __init__(self, name: str, part: Part, arguments: ReproduceArguments) -> None:
+    def __init__(self, name: str, part: Part, arguments: ReproduceArguments, work: Path, output: Path) -> None:
         self.name, self.part, self.arguments = name, part, arguments
-        self.model, self.work = arguments.model_name_or_path, Path(arguments.work_dir)
+        self.model, self.work, self.output = arguments.model_name_or_path, work, output
         self.seeds = range(part.seeds)
         # Of other settings nothing is taken over but samples and adapters, which have theirs in their names.
         self.folder = self.work / name / fingerprint(asdict(part))[:8]
@@ -83,10 +85,10 @@ class Run:
             make_all(self.answering())
         folder = self.folder / "result"
         make_all({folder / "metrics.json": partial(self.write, folder)})
-        result, output = read_json(folder / "metrics.json"), Path(self.arguments.output_dir)
+        result = read_json(folder / "metrics.json")
         with FileLock(folder / ".copied.lock"):  # all processes come by here at once
-            shutil.copytree(folder, output / f"reproduce-{self.name}", ignore=_not_copied, dirs_exist_ok=True)
-            write_json(output / f"reproduce-{self.name}.json", result)
+            shutil.copytree(folder, self.output / f"reproduce-{self.name}", ignore=_not_copied, dirs_exist_ok=True)
+            write_json(self.output / f"reproduce-{self.name}.json", result)
         return result
 
     # -- samples and adapters -----------------------------------------------------------------------------------------

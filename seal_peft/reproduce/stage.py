@@ -33,13 +33,19 @@ class ReproduceArguments:
         },
     )
     model_name_or_path: str = field(default="smollm2", metadata={"help": "Base model; the settings are SmolLM2's."})
-    output_dir: str = field(
-        default="results",
-        metadata={"help": "Folder for reproduce-PART.json and a folder reproduce-PART of pictures."},
+    output_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for reproduce-PART.json and a folder reproduce-PART of pictures. Default: results; with "
+            "--size tiny the work folder, as its numbers are none."
+        },
     )
-    work_dir: str = field(
-        default="runs/reproduce",
-        metadata={"help": "Folder for samples, adapters and answers; what is finished there is not done again."},
+    work_dir: str | None = field(
+        default=None,
+        metadata={
+            "help": "Folder for samples, adapters and answers; what is finished there is not done again. Default: "
+            "runs/reproduce, with --size tiny runs/reproduce-tiny."
+        },
     )
     size: Literal["full", "tiny"] = field(
         default="full", metadata={"help": "tiny: only to see that everything runs; its scores mean nothing."}
@@ -80,15 +86,18 @@ def reproduce(arguments: ReproduceArguments) -> str:
             f"This process sees {gpus} GPUs and uses one. Start one or more for each GPU, which share the work: "
             f"`CUDA_VISIBLE_DEVICES=0 seal-peft reproduce ... &` and so on to {gpus - 1}."
         )
-    check_place(Path(arguments.output_dir))
-    check_place(Path(arguments.work_dir))
+    full = arguments.size == "full"
+    work = Path(arguments.work_dir or f"runs/reproduce{'' if full else '-tiny'}")
+    output = Path(arguments.output_dir or ("results" if full else work))
+    check_place(output)
+    check_place(work)
     _claim_folder(
-        Path(arguments.work_dir),
+        work,
         {"model": arguments.model_name_or_path, "size": arguments.size, "recipes": RECIPES},
         "Choose another --work_dir.",
     )
-    full = arguments.size == "full"
-    runs = [Run(name, PARTS[name] if full else shrunk(PARTS[name]), arguments) for name in arguments.parts]
+    parts = {name: PARTS[name] if full else shrunk(PARTS[name]) for name in arguments.parts}
+    runs = [Run(name, part, arguments, work, output) for name, part in parts.items()]
     if not arguments.samples_only:
         for run in runs:
             _claim_folder(
