@@ -64,7 +64,14 @@ def generate_answers(
         drafts: What the answer to each prompt may turn out to be, if there is a guess. They change no answer,
             except as rounding does: where prompts are read apart, so are their drafts, and what the model says as
             guessed is not generated.
+
+    Raises:
+        ValueError: If there are drafts, but not one for each prompt.
     """
+    if drafts is not None and len(drafts) != len(prompts):
+        raise ValueError(
+            f"{len(drafts)} drafts were given for {len(prompts)} prompts. Give one for each, [] where there is none."
+        )
     stops = _stop_tokens(model, tokenizer, ends)
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
     answers: list[list[int]] = [[] for _ in prompts]

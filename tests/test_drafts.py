@@ -116,3 +116,11 @@ def test_rows_of_a_model_whose_positions_are_a_table_wait_for_others_within_it()
     plain = [generate_answers(model, Ids(), [prompt], LIMIT)[0] for prompt in prompts]
     first = list(map(int, plain[0][1:-1].split(", ")))
     assert generate_answers(model, Ids(), prompts, LIMIT, drafts=[[*first[:5], first[5] ^ 1], []]) == plain
+
+
+@pytest.mark.parametrize("drafts", [[], [[1]], [[1]] * 9])
+def test_drafts_of_other_prompts_are_refused(drafts: list[list[int]]) -> None:
+    with pytest.raises(
+        ValueError, match=f"{len(drafts)} drafts were given for {len(PROMPTS)} prompts. Give one for each"
+    ):
+        generate_answers(models.llama(), Ids(), PROMPTS, 2, drafts=drafts)

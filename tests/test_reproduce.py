@@ -242,6 +242,15 @@ def test_a_tiny_run_trains_and_touches_no_result(tmp_path: Path, monkeypatch: py
     assert all((scale != 1).all() for scale in scales(adapter).values())
 
 
+def test_a_misspelt_model_claims_no_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert seal("reproduce", "lines", "--model_name_or_path", tmp_path / "modle") == 1
+    assert "There is no model folder" in error_of(capsys)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_part_that_was_begun_with_another_batch_is_refused_and_its_samples_are_not(
     done, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,3 +107,20 @@ def test_a_table_over_several_files_is_checked_against_all_of_them(
     assert render.problems("docs/own.md", page, JINJA) == [
         "docs/own.md: results/own.json has '0.9, 41 s', the page has '0.9'"
     ]
+
+
+def test_a_file_that_a_table_misses_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt name would else leave out a column in silence."""
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "own.json").write_text('{"accuracy": 0.9}')
+    page = tmp_path / "own.md"
+    template = '{{ accuracy }}{{ other("results/cots.json").seconds | default("") }}'
+    page.write_text(f"It finds <!-- results/own.json: {template} -->0.9<!-- end -->.")
+    monkeypatch.setattr(render, "PAGES", [page])
+    monkeypatch.setattr("sys.argv", ["render.py", "--check"])
+    render.main()
+    shown = capsys.readouterr().out.splitlines()
+    assert shown == ["1 figures and tables are what results/ has.", "Not there yet: results/cots.json"]

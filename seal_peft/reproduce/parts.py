@@ -18,8 +18,8 @@ NTK = {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}
 SELF_EXTEND = {"self_extend": {"group_size": 8, "window": 1024}}
 QUADRANTS = ("Q1=0.9", "Q3=0.9", "Q1=0.9,Q3=1.1")
 
-# Searched on lines by benchmarks/time_to_accuracy.py, with four contexts a step; DoRA's is LoRA's. The paper's, for 7B
-# models, are 1e-2, 2e-2 and 2e-4.
+# From the search of benchmarks/time_to_accuracy.py on lines, with four contexts a step, as far as it was when `lines`
+# was measured; DoRA's is LoRA's. The paper's, for 7B models, are 1e-2, 2e-2 and 2e-4.
 RATES = {"seal-h": 1.6e-1, "seal-c": 8e-2, "lora": 8e-3, "dora": 8e-3}
 # Under an extension with one context a step (results/context-smollm2.json).
 FAR_RATE = 4e-2

@@ -13,6 +13,7 @@ import torch
 
 from ..files import read_json, write_json
 from ..folders import check_place
+from ..loading import load_tokenizer
 from ..plots import new_figure
 from ..report import length_rows, markdown_table
 from ..train import RECIPES
@@ -76,6 +77,7 @@ def reproduce(arguments: ReproduceArguments) -> str:
     Raises:
         ValueError: There is no such part, the process sees several GPUs, or the work folder holds work of another
             model, size or batch.
+        OSError: The model has no tokenizer that can be read.
         ImportError: matplotlib is missing.
     """
     new_figure(1, 1)  # asked first: pictures come last
@@ -91,6 +93,7 @@ def reproduce(arguments: ReproduceArguments) -> str:
     output = Path(arguments.output_dir or ("results" if full else work))
     check_place(output)
     check_place(work)
+    load_tokenizer(arguments.model_name_or_path)  # a model that is not there claims no folder
     _claim_folder(
         work,
         {"model": arguments.model_name_or_path, "size": arguments.size, "recipes": RECIPES},
