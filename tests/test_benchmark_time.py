@@ -91,12 +91,24 @@ def test_the_page_compares_ours_with_the_paper_and_with_lora_where_all_are_there
         return shown({**result, "systems": systems})[1]
 
     text = aims(paper=96.0, lora=41.2, seal_c=16.0)
-    assert "0.95 within a minute: missed; 0 of 1 seeds get there." in text
-    assert "to 0.90 3.0 times fewer tokens and 6.0 times fewer seconds" in text
-    assert "to 0.90 1,400 tokens against 1,900, 16 s against 41 s." in text
-    text = aims(paper=None, lora=None, seal_c=None)
-    assert "3.0 times fewer tokens." in text
-    assert "1,400 tokens against 1,900." in text
+    assert "0.95 within a minute: missed; 0 of 1 trainings get there." in text
+    assert "recipe: to 0.90 reached by the medians, 6.0 times (3.0 times fewer tokens;" in text
+    assert "at equal accuracy: reached, to 0.90 16 s against 41 s." in text
+    text = aims(paper=79.0, lora=15.2, seal_c=16.0)
+    assert "recipe: to 0.90 missed by the medians, 4.9 times" in text
+    assert "at equal accuracy: missed, to 0.90 16 s against 15 s." in text
+    assert not aims(paper=None, lora=None, seal_c=None).strip(), "without seconds nothing can be said"
+
+
+@pytest.mark.parametrize(("seconds", "verdict"), [(59.0, "reached, 59 s"), (112.0, "missed, 112 s")])
+def test_the_page_compares_seconds_with_the_minute_that_was_aimed_at(bench, seconds, verdict):
+    result = json.loads(bench[1].options.output.read_text())
+    to = {"to 0.9": {"reached": 1, "seconds": 10.0, "tokens": 100}}
+    own = {**result["systems"]["seal-c"], **to, "to 0.95": {"reached": 1, "seconds": seconds, "tokens": 1000}}
+    assert (
+        f"0.95 within a minute: {verdict}, the median"
+        in shown({**result, "systems": dict.fromkeys(("seal-c", "paper", "lora"), own)})[1]
+    )
 
 
 def test_seconds_are_the_median_of_rounds_and_none_where_a_round_is_missing(bench, monkeypatch):
@@ -134,7 +146,7 @@ def test_a_rate_that_answered_and_was_not_chosen_is_told(bench, monkeypatch):
     assert told[other]["last"]["n"] == 2
     result = json.loads(made.options.output.read_text())
     result["systems"]["seal-c"]["not_chosen"] = told
-    assert f"| seal-c, not chosen, one seed | 96 | {other} |" in shown(result)[0]
+    assert f"; seal-c with {other} ends at 0.000." in shown(result)[0]
 
 
 def test_half_of_the_contexts_have_the_search_of_all(bench, monkeypatch):
