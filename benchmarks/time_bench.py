@@ -175,9 +175,12 @@ class Bench:
             return [(phase, name, rate, 0) for name in searched for rate in METHODS[SYSTEMS[name].method][2]]
         if phase == "finalists":
             return [("final", name, rate, 0) for name in systems for rate in self.three_best(name)]
-        if phase == "timing":  # round by round: what slows the machine for a while does not slow one system alone
+        if phase == "timing":
+            # Round by round, each from another system on: neither a slow while nor the one before is one system's alone.
             rates = {name: METHODS[SYSTEMS[name].method][2][0] for name in systems}
-            return [(phase, name, rates[name], seed) for seed in range(self.size.seeds) for name in systems]
+            starts = {seed: seed * len(systems) // self.size.seeds for seed in range(self.size.seeds)}
+            rounds = [(seed, name) for seed, n in starts.items() for name in systems[n:] + systems[:n]]
+            return [(phase, name, rates[name], seed) for seed, name in rounds]
         return [(phase, name, self.best(name), seed) for name in systems for seed in range(self.size.seeds)]
 
     def files(self, phase: str) -> dict[Path, Callable[[], object]]:

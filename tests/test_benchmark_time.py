@@ -131,6 +131,17 @@ def test_seconds_are_the_median_of_rounds_and_none_where_a_round_is_missing(benc
     assert time_summary._seconds_per_token(made, "seal-c") == [0.9, 0.2, 0.4]
 
 
+def test_no_system_is_timed_at_the_same_place_of_every_round(bench, monkeypatch):
+    _, made = bench
+    monkeypatch.setattr(made, "size", replace(made.size, seeds=3))
+    monkeypatch.setattr(made, "systems", dict.fromkeys(("paper", "seal-h", "seal-c", "lora")))
+    jobs = made.jobs("timing")
+    rounds = [[name for _, name, _, seed in jobs if seed == own] for own in range(3)]
+    assert {tuple(sorted(names)) for names in rounds} == {("lora", "paper", "seal-c", "seal-h")}
+    for places in zip(*rounds, strict=True):
+        assert len(set(places)) == 3
+
+
 def test_a_rate_that_answered_and_was_not_chosen_is_told(bench, monkeypatch):
     import time_summary
 
