@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 
 import nvidia_ruler as nvidia
 import tokenizers_for_tests as tokenizers_
-from seal_peft.tasks import ruler
+from seal_peft.data import write_samples
+from seal_peft.predictions import fingerprint
+from seal_peft.reproduce.parts import PARTS
+from seal_peft.tasks import get_task, ruler
 from stages import run_script, save_model
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -48,3 +52,43 @@ def test_it_generates_all_of_ruler_and_writes_seconds_and_fill(run, tmp_path: Pa
     assert min(task["smallest_fill"] for task in result["tasks"].values()) >= 0.97
     assert f"{result['seconds']:.1f} s" in printed
     assert result["versions"]["transformers"]
+
+
+def test_answers_of_reproduce_are_counted_by_what_they_hold_and_by_the_wording_of_the_needle(
+    run, tmp_path: Path
+) -> None:
+    made = [get_task("needle_noise").make(seed=seed, size=1, depth=0.5, split="test") for seed in range(60)]
+    samples = [replace(sample, id=f"needle-{number:02}") for number, sample in enumerate(made)]
+    write_samples(tmp_path / "data" / f"{PARTS['needle'].test.name}-test-0.jsonl", samples)
+
+    def answer(folder: Path, rows: list[dict[str, Any]]) -> Path:
+        folder.mkdir(parents=True)
+        (folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (folder / "metrics.json").write_text(json.dumps({"date": "today", "commit": "c", "device": folder.parts[-3]}))
+        return folder.parent
+
+    def part(name: str) -> Path:
+        return tmp_path / name / fingerprint(asdict(PARTS[name]))[:8] / "all"
+
+    texts = {"base": ["It was not Newton.", "Nobody knows it."], "qa_single": ["Newton", "42"]}
+    asked = [("qa_single", ["Isaac Newton", "newton"]), ("qa_multi", ["420"])]
+    rows = [
+        {"system": system, "id": task, "task": task, "answer": text, "answers": answers}
+        for system, own in texts.items()
+        for text, (task, answers) in zip(own, asked, strict=True)
+    ]
+    answer(part("qa"), rows)
+    rows = [{"system": "base", "id": sample.id, "score": 1.0} for sample in samples]
+    answer(part("needle"), rows)
+    before = answer(tmp_path / "before" / "needle" / "all", [{**row, "score": 0.25} for row in rows[::-1]])
+    result, _ = run("reproduce_answers.py", "--work", tmp_path, "--before", before)
+    assert {task: {name: own["held"] for name, own in found.items()} for task, found in result["qa"].items()} == {
+        "qa_single": {"base": 1, "qa_single": 1},
+        "qa_multi": {"base": 0, "qa_single": 0},
+    }
+    assert result["qa"]["qa_single"]["base"]["words"] == 4
+    assert result["needle"]["difference"]["base"]["mean"] == 0.75
+    wordings = result["needle"]["wordings"].values()
+    assert sum(own["n"] for own in wordings) == len(samples)
+    assert all(own["before"] == {"base": 0.25} and own["now"] == {"base": 1.0} for own in wordings)
+    assert result["answers"]["needle before"]["device"] == "before"
