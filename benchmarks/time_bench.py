@@ -176,7 +176,7 @@ class Bench:
         if phase == "finalists":
             return [("final", name, rate, 0) for name in systems for rate in self.three_best(name)]
         if phase == "timing":
-            # Round by round, each from another system on: neither a slow while nor the one before is one system's alone.
+            # Round by round, each from another system on: no slow while and no place in the order is one system's.
             rates = {name: METHODS[SYSTEMS[name].method][2][0] for name in systems}
             starts = {seed: seed * len(systems) // self.size.seeds for seed in range(self.size.seeds)}
             rounds = [(seed, name) for seed, n in starts.items() for name in systems[n:] + systems[:n]]
