@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,6 +33,23 @@ def provenance() -> dict[str, Any]:
         "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
         "device": device_name(),
     }
+
+
+def source_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the provenance of results that other calls had a part in, on other machines or with other commits.
+
+    Args:
+        records: What these calls wrote, each with its own provenance.
+    """
+    records = list(records)
+
+    def found(values: Iterable[Any]) -> Any:
+        kinds = list(dict.fromkeys(values))
+        return kinds[0] if len(kinds) == 1 else ", ".join(sorted(map(str, kinds)))
+
+    versions = {name: found(own["versions"][name] for own in records) for name in records[0]["versions"]}
+    sources = {name: found(own[name] for own in records) for name in ("device", "commit")}
+    return {**provenance(), **sources, "versions": versions}
 
 
 def device_name() -> str:

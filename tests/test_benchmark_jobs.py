@@ -97,16 +97,6 @@ def test_samples_of_one_length_that_were_made_in_several_parts_can_be_read_toget
     assert len({sample.messages[0]["content"] for sample in samples}) == len(samples) == 4
 
 
-def test_results_name_the_devices_commits_and_versions_of_the_jobs_not_of_the_call_that_brings_them_together(
-    jobs,
-) -> None:
-    here = {"device": "H100", "commit": "b", "versions": {"torch": "2.11.0", "seal-peft": None}}
-    there = {"device": "H200", "commit": "b", "versions": {"torch": "2.10.0", "seal-peft": None}}
-    source = jobs.source_of([there, here, here])
-    assert (source["device"], source["commit"]) == ("H100, H200", "b")
-    assert source["versions"] == {"torch": "2.10.0, 2.11.0", "seal-peft": None}
-
-
 def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     sites = runpy.run_path(str(SCRIPTS / "sites.py"))

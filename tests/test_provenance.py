@@ -29,3 +29,11 @@ def test_the_threads_of_a_cpu_are_counted(threads: int, name: str) -> None:
         assert provenance.provenance()["device"] == name
     finally:
         torch.set_num_threads(before)
+
+
+def test_results_name_the_devices_commits_and_versions_of_the_jobs_not_of_the_call_that_brings_them_together() -> None:
+    here = {"device": "H100", "commit": "b", "versions": {"torch": "2.11.0", "seal-peft": None}}
+    there = {"device": "H200", "commit": "b", "versions": {"torch": "2.10.0", "seal-peft": None}}
+    source = provenance.source_of([there, here, here])
+    assert (source["device"], source["commit"]) == ("H100, H200", "b")
+    assert source["versions"] == {"torch": "2.10.0, 2.11.0", "seal-peft": None}

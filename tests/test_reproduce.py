@@ -201,6 +201,29 @@ def test_a_second_call_does_only_what_is_missing(done, monkeypatch: pytest.Monke
     assert result_of(folder)["cells"] == before["cells"]
 
 
+def test_the_results_name_all_commits_and_devices_that_took_part(done) -> None:
+    folder, words = done
+    before = result_of(folder)
+    (adapter,) = (folder / "work/adapters").glob("*-lora-*-1")
+    (part,) = (folder / "work/mini").iterdir()
+    records = {adapter / "run.json": "older", part / "seal-h@0" / "metrics.json": "later"}
+    texts = {path: path.read_text() for path in records}
+    for path, commit in records.items():
+        path.write_text(json.dumps({**json.loads(texts[path]), "commit": commit, "device": f"GPU of {commit}"}))
+    shutil.rmtree(part / "result")
+    assert seal(*words) == 0
+    result = result_of(folder)
+    assert set(result["commit"].split(", ")) == {str(before["commit"]), "older", "later"}
+    assert {"GPU of older", "GPU of later"} < set(result["device"].split(", "))
+    assert set(result["trainings"]["lora"]["commit"].split(", ")) == {str(before["commit"]), "older"}
+    assert result["trainings"]["seal-h"] == before["trainings"]["seal-h"]
+    for path, text in texts.items():
+        path.write_text(text)
+    shutil.rmtree(part / "result")
+    assert seal(*words) == 0
+    assert {**result_of(folder), "date": ""} == {**before, "date": ""}
+
+
 def test_processes_that_end_together_leave_one_whole_result(done) -> None:
     folder, words = done
     before = result_of(folder)
