@@ -19,7 +19,9 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("seal-peft", "torch", "transformers", "peft", "accelerate", "safetensors")
+from . import __version__
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 def provenance() -> dict[str, Any]:
@@ -30,7 +32,8 @@ def provenance() -> dict[str, Any]:
         "command": shlex.join(["seal-peft" if ours else str(program), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version(), "seal-peft": __version__}
+        | {name: _version(name) for name in _PACKAGES},
         "device": device_name(),
     }
 

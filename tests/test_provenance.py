@@ -2,22 +2,32 @@
 
 import importlib.util
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
-from seal_peft import provenance
+from seal_peft import __version__, provenance
 
 
 def test_a_copy_without_git_says_the_commit_that_it_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("copied", shutil.copy(provenance.__file__, tmp_path))
+    spec = importlib.util.spec_from_file_location("seal_peft.copied", shutil.copy(provenance.__file__, tmp_path))
     copied = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(copied)
     monkeypatch.delenv("SEAL_PEFT_COMMIT", raising=False)
     assert copied.provenance()["commit"] is None
     monkeypatch.setenv("SEAL_PEFT_COMMIT", "0" * 40)
     assert copied.provenance()["commit"] == "0" * 40
+
+
+def test_a_source_tree_that_is_not_installed_says_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(provenance, "version", version)
+    versions = provenance.provenance()["versions"]
+    assert (versions["seal-peft"], versions["torch"]) == (__version__, None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="names the GPU")
