@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from context_systems import EXTENSIONS, METHODS, SYSTEMS
-from jobs import source_of
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from seal_peft.data import read_samples
 from seal_peft.files import write_json
+from seal_peft.provenance import source_of
 from seal_peft.report import markdown_table
 from seal_peft.statistics import summarise
 from seal_peft.tasks import SPLITS

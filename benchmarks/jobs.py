@@ -23,7 +23,6 @@ import torch
 from seal_peft.data import make_samples, write_samples
 from seal_peft.generation import generate_answers, make_batches
 from seal_peft.loading import load_tokenizer
-from seal_peft.provenance import provenance
 from seal_peft.reproduce.share import make_all
 from seal_peft.statistics import mean_interval
 from seal_peft.tasks import TASKS, Sample
@@ -154,20 +153,3 @@ def spread(words: Sequence[str], workers: int) -> None:
             process.terminate()
             process.wait()
         signal.signal(signal.SIGTERM, before)
-
-
-def source_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the provenance of a results file whose jobs may have been done by other calls, on other machines.
-
-    Args:
-        records: What the jobs wrote, each with its own provenance.
-    """
-    records = list(records)
-
-    def found(values: Iterable[Any]) -> Any:
-        kinds = list(dict.fromkeys(values))
-        return kinds[0] if len(kinds) == 1 else ", ".join(sorted(map(str, kinds)))
-
-    versions = {name: found(own["versions"][name] for own in records) for name in records[0]["versions"]}
-    sources = {name: found(own[name] for own in records) for name in ("device", "commit")}
-    return {**provenance(), **sources, "versions": versions}

@@ -27,7 +27,7 @@ from statistics import mean
 from typing import Any
 
 import torch
-from jobs import do_jobs, interval_over_seeds, make_lines, mean_loss, score_answers, source_of, spread
+from jobs import do_jobs, interval_over_seeds, make_lines, mean_loss, score_answers, spread
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import Trainer
@@ -36,7 +36,7 @@ from seal_peft import SealConfig, save_adapter
 from seal_peft.data import read_samples
 from seal_peft.files import write_json
 from seal_peft.loading import load_model, load_tokenizer
-from seal_peft.provenance import provenance
+from seal_peft.provenance import provenance, source_of
 from seal_peft.tokens import AnswerCollator, encode_training
 from seal_peft.train import SealTrainingArguments
 from seal_peft.tuner.query import QueryLinear

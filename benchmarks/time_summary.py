@@ -7,12 +7,13 @@ from dataclasses import asdict
 from statistics import mean, median
 from typing import Any
 
-from jobs import interval_over_seeds, source_of
+from jobs import interval_over_seeds
 from time_bench import Bench
 from time_data import SEEDS
 from time_points import REACHED, reached
 
 from seal_peft.files import write_json
+from seal_peft.provenance import source_of
 from seal_peft.report import markdown_table
 
 

@@ -8,8 +8,11 @@ A template of one line is a piece of a sentence; one of several lines is a block
 the file, `data` is all of it; `fixed(n)` and `signed(n)` round to n digits, `interval` shows `low` and `high`, and
 `report` is `seal_peft.report`, which makes tables of metrics, `sites` makes those of benchmarks/sites.py, `picture`
 shows what was drawn with the file, `other` is what another file has, for a table over several. Where a file is not
-there yet, the page says so. In the pages of `STRICT` nothing that looks like a measurement, a number with decimals or
-with a unit, stands anywhere else.
+there yet, the page says so.
+
+In the pages of `STRICT` nothing that looks like a measurement, a number with decimals or with a unit, is typed, nor
+among the words of a template. What was aimed at is written as code: `0.95`. Contexts, samples, questions and seeds are
+no units: typed numbers of them are settings, which nothing tells from a measured one, so that is left to the reader.
 
     python results/render.py          # make results: write the figures into the pages, copy pictures to docs/images
     python results/render.py --check  # make results-check: change nothing, fail where a page says something else
@@ -36,20 +39,25 @@ from seal_peft import report
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 STRICT = ("README.md", "docs/results.md", "docs/heads.md", "docs/reproduce.md")
+QUOTES_PAPER = ("docs/reproduce.md",)
 
 MARK = re.compile(r"<!-- (results/[\w.-]+\.json):(.*?)-->(.*?)<!-- end -->", re.DOTALL)
 OTHER = re.compile(r'other\("([^"]+)"\)')
 MISSING = "Not measured yet."
-# What is no statement of ours: code, where links lead, comments, and what the paper has, in a paragraph that says so.
+EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
+# What is no statement of ours: code, where links lead, comments, what an interval is of, and what the paper has, in a
+# paragraph that says so.
 NOT_TEXT = re.compile(
-    r"^```.*?^```|`[^`]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+|^(?:Paper|Reported)\b.*?\n$", re.DOTALL | re.MULTILINE
+    r"^```.*?^```|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+|95% interval", re.DOTALL | re.MULTILINE
 )
+PAPER = re.compile(r"^(?:Paper|Reported)\b.*?\n$", re.DOTALL | re.MULTILINE)
 UNIT = r"%|x(?! ?\d)|ms|s|seconds?|min|minutes?|h|hours?|days?|[KMGT]i?B|bytes|nats|points?|times|tokens/s"
-UNIT += r"|[KMGT]?FLOPs?(?:/s)?"
-NUMBER = r"(?<![\w.,=<>-])[+-]?\d[\d,]*"
+UNIT += r"|[KMGT]?FLOPs?(?:/s)?|[CG]PU[ -](?:seconds?|minutes?|hours?)|million|billion"
+NUMBER = r"(?<![\w.,=<>-])[+-]?(?:\d[\d,]*|(?=\.\d))"
 # A number that is part of a name, such as the one of Llama-3.1-8B or of a version, is no figure.
 FIGURE = re.compile(
-    rf"{NUMBER}(?:(?:\.\d+)*(?:e-?\d+)? ?(?:{UNIT})(?![\w/])|(?:\.\d+)+(?:e-?\d+)?(?!\w|-[^\W\d])| of (?:the )?\d)"
+    rf"{NUMBER}(?:(?:\.\d+)*(?:e-?\d+)? ?(?:{UNIT})(?![\w/])|(?:\.\d+)+(?:e-?\d+)?(?!\w|-[^\W\d])"
+    r"|(?P<tokens> tokens)(?![\w/])|(?:(?: \w+)? out)? of (?:the )?\d)"
 )
 
 
@@ -126,15 +134,27 @@ def rendered(page: str, jinja: Environment) -> str:
     return MARK.sub(replace, page)
 
 
-def unmarked(page: str) -> Iterator[tuple[int, str]]:
+def unmarked(name: str, page: str) -> Iterator[tuple[int, str]]:
     """Yield line number and text of everything that looks like a measurement and comes from no file."""
 
     def blank(match: re.Match[str]) -> str:
         return re.sub(r"[^\n]", " ", match[0])
 
-    for number, line in enumerate(NOT_TEXT.sub(blank, MARK.sub(blank, page)).splitlines(), start=1):
+    def words(mark: re.Match[str]) -> str:
+        return " " + EXPRESSION.sub(blank, mark[2]) + " " + re.sub(r"[^\n]", "", mark[3])
+
+    page = NOT_TEXT.sub(blank, MARK.sub(words, page))
+    if name in QUOTES_PAPER:
+        page = PAPER.sub(blank, page)
+    for number, line in enumerate(page.splitlines(), start=1):
         for figure in FIGURE.finditer(line):
-            yield number, line[figure.start() : figure.end() + 8].strip()
+            if not (figure["tokens"] and is_length(int(re.sub(r"\D", "", figure[0])))):
+                yield number, line[figure.start() : figure.end() + 8].strip()
+
+
+def is_length(tokens: int) -> bool:
+    """Say whether a number of tokens is one that somebody chose, such as 8,192 or 20,000."""
+    return tokens < 10**6 and (tokens % 128 == 0 or tokens % 1000 == 0)
 
 
 def problems(name: str, page: str, jinja: Environment) -> list[str]:
@@ -149,7 +169,8 @@ def problems(name: str, page: str, jinja: Environment) -> list[str]:
         if mark[0] != expected[0]
     ]
     if name in STRICT:
-        found += [f"{name}, line {number}: {text!r} comes from no file in results/" for number, text in unmarked(page)]
+        typed = unmarked(name, page)
+        found += [f"{name}, line {number}: {text!r} comes from no file in results/" for number, text in typed]
     return found
 
 

