@@ -50,13 +50,13 @@ EXPRESSION = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{#.*?#\}", re.DOTALL)
 NOT_TEXT = re.compile(
     r"^```.*?^```|`[^`\n]*`|\]\([^)]*\)|<!--.*?-->|arXiv \d+\.\d+|95% interval", re.DOTALL | re.MULTILINE
 )
-PAPER = re.compile(r"^(?:Paper|Reported)\b.*?\n$", re.DOTALL | re.MULTILINE)
+PAPER = re.compile(r"^(?:Paper(?: \([^)]*\))?:|Reported for\b).*?\n$", re.DOTALL | re.MULTILINE)
 UNIT = r"%|x(?! ?\d)|ms|s|seconds?|min|minutes?|h|hours?|days?|[KMGT]i?B|bytes|nats|points?|times|tokens/s"
-UNIT += r"|[KMGT]?FLOPs?(?:/s)?|[CG]PU[ -](?:seconds?|minutes?|hours?)|million|billion"
+UNIT += r"|percent|per cent|-?fold|[KMGT]?FLOPs?(?:/s)?|[CG]PU[ -](?:seconds?|minutes?|hours?)|million|billion"
 NUMBER = r"(?<![\w.,=<>-])[+-]?(?:\d[\d,]*|(?=\.\d))"
 # A number that is part of a name, such as the one of Llama-3.1-8B or of a version, is no figure.
 FIGURE = re.compile(
-    rf"{NUMBER}(?:(?:\.\d+)*(?:e-?\d+)? ?(?:{UNIT})(?![\w/])|(?:\.\d+)+(?:e-?\d+)?(?!\w|-[^\W\d])"
+    rf"{NUMBER}(?:(?:\.\d+)*(?:e-?\d+)? ?(?:{UNIT})(?![\w/])|(?:(?:\.\d+)+(?:e-?\d+)?|e-?\d+)(?!\w|-[^\W\d])"
     r"|(?P<tokens> tokens)(?![\w/])|(?:(?: \w+)? out)? of (?:the )?\d)"
 )
 

@@ -31,7 +31,7 @@ def test_one_changed_digit_of_a_figure_is_found(name):
 FIGURES = ["0.93", "+2%", "17 ms", "1,204 tokens/s", "5.8e-7", "+0.5%", "3.6x", "5 x faster", "3.6s", "24.1GB"]
 FIGURES += ["690 TFLOP/s", "12 hours", "1.5 h", "0.95-0.99", "98 of 100", "98 of the 100"]
 FIGURES += ["7 seeds out of 9", "9 out of the 12", ".97", "+.02", "61 GPU minutes", "2 GPU-hours", "3 million tokens"]
-FIGURES += ["12,345 tokens", "1,234,567 tokens", "9,000,000 tokens"]
+FIGURES += ["13 percent", "12 per cent", "12-fold", "1e-5", "12,345 tokens", "1,234,567 tokens", "9,000,000 tokens"]
 
 
 @pytest.mark.parametrize("figure", FIGURES)
@@ -61,6 +61,7 @@ def test_what_the_paper_has_is_told_apart_by_its_paragraph_on_the_page_that_quot
     (problem,) = render.problems("docs/reproduce.md", page, JINJA)
     assert problem.startswith("docs/reproduce.md, line 6: '0.93")
     assert len(render.problems("README.md", page, JINJA)) == 3
+    assert len(render.problems("docs/reproduce.md", page.replace("Paper:", "Papers and we:"), JINJA)) == 3
 
 
 @pytest.mark.parametrize(
