@@ -71,9 +71,9 @@ def documents(systems: dict[str, Rows], task: str, closed: bool = True) -> dict[
         own = [row for row in rows if row.get("task") == task and (closed or row["answers"][0] not in ("yes", "no"))]
         held[system] = [float(any(share_of_answers(row["answer"], [a]) for a in row["answers"])) for row in own]
         words = [len(row["answer"].split()) for row in own]
-        cut = mean(max(row["score"], holds) for row, holds in zip(own, held[system], strict=True))
+        f1 = [row["score"] for row in own]
         counts = {"n": len(own), "held": int(sum(held[system])), "empty": words.count(0)}
-        found[system] = {**counts, "words": mean(words), "f1_cut": cut}
+        found[system] = {**counts, "words": mean(words), "f1": mean(f1), "f1_cut": mean(map(max, f1, held[system]))}
     return {name: {**entry, "difference_to_base": compared(held[name], held[BASE])} for name, entry in found.items()}
 
 
