@@ -54,7 +54,7 @@ def test_it_generates_all_of_ruler_and_writes_seconds_and_fill(run, tmp_path: Pa
     assert result["versions"]["transformers"]
 
 
-def test_answers_of_reproduce_are_counted_by_what_they_hold_and_by_the_wording_of_the_needle(
+def test_answers_of_reproduce_are_compared_by_pairs_by_what_they_hold_and_by_the_wording_of_the_needle(
     run, tmp_path: Path
 ) -> None:
     made = [get_task("needle_noise").make(seed=seed, size=1, depth=0.5, split="test") for seed in range(60)]
@@ -70,25 +70,63 @@ def test_answers_of_reproduce_are_counted_by_what_they_hold_and_by_the_wording_o
     def part(name: str) -> Path:
         return tmp_path / name / fingerprint(asdict(PARTS[name]))[:8] / "all"
 
-    texts = {"base": ["It was not Newton.", "Nobody knows it."], "qa_single": ["Newton", "42"]}
-    asked = [("qa_single", ["Isaac Newton", "newton"]), ("qa_multi", ["420"])]
+    texts = {"base": ["It was not Newton.", "Nobody knows it.", "No, it is not."], "qa_single": ["Newton", "42", ""]}
+    asked = [("qa_single", ["Isaac Newton", "newton"]), ("qa_multi", ["420"]), ("qa_multi", ["no"])]
     rows = [
-        {"system": system, "id": task, "task": task, "answer": text, "answers": answers}
+        {"system": system, "id": str(number), "task": task, "answer": text, "answers": answers, "score": 0.1}
         for system, own in texts.items()
-        for text, (task, answers) in zip(own, asked, strict=True)
+        for number, (text, (task, answers)) in enumerate(zip(own, asked, strict=True))
     ]
     answer(part("qa"), rows)
-    rows = [{"system": "base", "id": sample.id, "score": 1.0} for sample in samples]
+    essays = [{"system": system, "id": "guard", "losses": [3.5]} for system in texts]
+    answer(part("guard"), [*essays, *({**row, "task": "guard_qa"} for row in rows)])
+    for name in ("samples", "grid", "extension"):
+        systems, lengths = PARTS[name].trainings, PARTS[name].test.lengths
+        rows = [
+            {"system": system, "id": f"{length}-{number}", "length": length, "score": float(number <= place)}
+            for place, system in enumerate(systems)
+            for length in lengths
+            for number in range(len(systems))
+        ]
+        answer(part(name), rows)
+    answer(part("heads"), [])
+    (part("heads").parent / "heads").mkdir()
+    maps = {"1024": [[0.5, -0.1, -0.3], [-0.1, -0.5, 0.0]], "4096": [[0.3, 0.3, -0.3], [-0.3, -0.3, 0.0]]}
+    errors = [[0.1] * 3, [0.1, 0.1, 0.0]]
+    pruning = {length: {"mean": own, "standard_error": errors} for length, own in maps.items()}
+    (part("heads").parent / "heads" / "pruning.json").write_text(json.dumps({"maps": {"pruning_zero": pruning}}))
+    rows = [
+        {"system": system, "id": sample.id, "length": 1, "score": float(system != "lora")}
+        for system in ("base", *PARTS["needle"].trainings)
+        for sample in samples
+    ]
     answer(part("needle"), rows)
     before = answer(tmp_path / "before" / "needle" / "all", [{**row, "score": 0.25} for row in rows[::-1]])
     result, _ = run("reproduce_answers.py", "--work", tmp_path, "--before", before)
     assert {task: {name: own["held"] for name, own in found.items()} for task, found in result["qa"].items()} == {
         "qa_single": {"base": 1, "qa_single": 1},
-        "qa_multi": {"base": 0, "qa_single": 0},
+        "qa_multi": {"base": 1, "qa_single": 0},
     }
-    assert result["qa"]["qa_single"]["base"]["words"] == 4
+    single = result["qa"]["qa_single"]["base"]
+    assert [single[key] for key in ("words", "empty", "f1", "f1_cut")] == [4, 0, 0.1, 1]
+    assert {name: (own["n"], own["held"]) for name, own in result["qa_multi_open"].items()} == {
+        "base": (1, 0),
+        "qa_single": (1, 0),
+    }
+    assert {name: (own["n"], own["empty"]) for name, own in result["guard_qa"].items()} == {
+        "base": (3, 0),
+        "qa_single": (3, 1),
+    }
+    assert result["pruned"] == {"better": 1, "worse": 2}
+    differences = result["differences"]
+    # Each system of six has one more right than the one before it.
+    assert differences["samples: seal-c 10 - seal-c 50, 8192"]["mean"] == pytest.approx(-2 / 6)
+    assert differences["samples: seal-c 10 - seal-c 50, 8192"]["p_value"] == 0.5
+    assert differences["needle: lora - dora"]["mean"] == -1
     assert result["needle"]["difference"]["base"]["mean"] == 0.75
     wordings = result["needle"]["wordings"].values()
     assert sum(own["n"] for own in wordings) == len(samples)
-    assert all(own["before"] == {"base": 0.25} and own["now"] == {"base": 1.0} for own in wordings)
+    assert all(
+        own["before"]["base"] == 0.25 and own["now"] == {**own["now"], "base": 1, "lora": 0} for own in wordings
+    )
     assert result["answers"]["needle before"]["device"] == "before"
