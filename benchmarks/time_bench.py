@@ -43,7 +43,7 @@ class Bench:
 
     def data(self) -> None:
         """Make all files of samples."""
-        make_lines(self.options.model, self.folder, files_of(self.size, self.options.num_samples))
+        make_lines(self.options.model, self.folder, files_of(self.size))
 
     def samples(self, name: str) -> list[Sample]:
         """Read a file of samples."""

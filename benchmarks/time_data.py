@@ -37,6 +37,7 @@ class Size:
         searched: Contexts of a training of the search.
         timed: Contexts of a training whose seconds count; each seed is a round of these.
         seeds: Seeds of data and training.
+        test: Test samples.
     """
 
     lengths: tuple[int, ...]
@@ -48,11 +49,12 @@ class Size:
     searched: int
     timed: int
     seeds: int
+    test: int
 
 
 SIZES = {
-    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 1200, 325, 24, 100, 200, 40, 3),
-    "tiny": Size((1536, 2600), 4, 6, 4, 2, 2, 2, 2, 1),
+    "full": Size((1536, 2048, 4096, 6144, 8192), 120, 1200, 325, 24, 100, 200, 40, 3, 200),
+    "tiny": Size((1536, 2600), 4, 6, 4, 2, 2, 2, 2, 1, 4),
 }
 
 
@@ -76,8 +78,8 @@ def reworded(sample: Sample) -> Sample:
     return replace(sample, id=f"{sample.id}-reworded", messages=[{"role": "user", "content": content}])
 
 
-def files_of(size: Size, num_samples: int) -> dict[str, list[Part]]:
-    """Return what each file of samples is made of, with so many test samples."""
+def files_of(size: Size) -> dict[str, list[Part]]:
+    """Return what each file of samples is made of."""
     longest, questions = size.lengths[-1], CENTRE.questions
     most = max(recipe.questions for recipe in KNOBS.values())
     files: dict[str, list[Part]] = {}
@@ -90,7 +92,7 @@ def files_of(size: Size, num_samples: int) -> dict[str, list[Part]]:
         files[f"full-{seed}"] = _parts(longest, size.full, 1, first)
     files["valid"] = _parts(longest, size.valid, 1, VALIDATION_SEED)
     files["choice"] = _parts(longest, size.choice, 1, CHOICE_SEED)
-    files["test"] = _parts(longest, num_samples, 1, 0)
+    files["test"] = _parts(longest, size.test, 1, 0)
     return files
 
 

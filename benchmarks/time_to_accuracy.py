@@ -19,9 +19,12 @@ for that, and no need.
     python benchmarks/time_to_accuracy.py run --phases knobs choice --work runs/tta --workers 8
     python benchmarks/time_to_accuracy.py run --phases timing search finalists final --work runs/tta --workers 8
     python benchmarks/time_to_accuracy.py merge --work runs/tta --output results/time-to-accuracy.json
-    python benchmarks/time_to_accuracy.py all --size tiny --work runs/tta-tiny  # a trial on a CPU
 
-`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does everything.
+`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does everything. A trial of one
+system on two CPU cores, without the knobs, takes a quarter of an hour:
+
+    python benchmarks/time_to_accuracy.py all --size tiny --systems seal-c --phases timing search finalists final \
+        --minutes 30 --workers 2 --work runs/tta-tiny
 """
 
 from __future__ import annotations
@@ -47,7 +50,6 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", dest="model", default="smollm2")
     parser.add_argument("--work", default="runs/tta")
     parser.add_argument("--output", type=Path, default=Path("runs/time-to-accuracy.json"))
-    parser.add_argument("--num_samples", type=int, default=200, help="test samples")
     parser.add_argument("--points", type=int, default=16, help="points at which ours may be tested; others as densely")
     parser.add_argument("--batch_tokens", type=int, default=100_000, help="tokens that are answered together")
     parser.add_argument("--workers", type=int, default=1, help="processes, over all GPUs")

@@ -37,11 +37,11 @@ def bench(tmp_path_factory: pytest.TempPathFactory):
 
         folder = tmp_path_factory.mktemp("tta")
         options = {"model": str(save_model(folder / "model")), "work": str(folder / "work"), "size": "tiny"}
-        numbers = {"num_samples": 2, "points": POINTS, "batch_tokens": 5000, "until": float("inf")}
+        numbers = {"points": POINTS, "batch_tokens": 5000, "until": float("inf")}
         patch.setitem(script.METHODS, "seal-c", (*script.METHODS["seal-c"][:2], (0.05, 0.1, 0.2, 0.3)))
         patch.setitem(script.SYSTEMS, "seal-c", script.KNOBS["nothing"])  # whatever ours is
         patch.setattr(script, "KNOBS", {name: script.KNOBS[name] for name in KNOBS})
-        script.SIZES["tiny"] = replace(script.SIZES["tiny"], contexts=2, full=2, long=1, choice=1)
+        script.SIZES["tiny"] = replace(script.SIZES["tiny"], contexts=2, full=2, long=1, choice=1, test=2)
         made = script.Bench(argparse.Namespace(**options, **numbers, systems=SYSTEMS, output=folder / "out.json"))
         made.data()
         for phase in PHASES:

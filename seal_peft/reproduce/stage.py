@@ -13,7 +13,7 @@ import torch
 
 from ..files import read_json, write_json
 from ..folders import check_place
-from ..loading import load_tokenizer
+from ..loading import load_config, load_tokenizer
 from ..plots import new_figure
 from ..report import length_rows, markdown_table
 from ..train import RECIPES
@@ -93,7 +93,8 @@ def reproduce(arguments: ReproduceArguments) -> str:
     output = Path(arguments.output_dir or ("results" if full else work))
     check_place(output)
     check_place(work)
-    load_tokenizer(arguments.model_name_or_path)  # a model that is not there claims no folder
+    load_config(arguments.model_name_or_path)  # a model that is not there claims no folder
+    load_tokenizer(arguments.model_name_or_path)
     _claim_folder(
         work,
         {"model": arguments.model_name_or_path, "size": arguments.size, "recipes": RECIPES},
