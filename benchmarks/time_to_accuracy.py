@@ -20,8 +20,9 @@ for that, and no need.
     python benchmarks/time_to_accuracy.py run --phases timing search finalists final --work runs/tta --workers 8
     python benchmarks/time_to_accuracy.py merge --work runs/tta --output results/time-to-accuracy.json
 
-`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does everything. A trial of one
-system on two CPU cores, without the knobs, takes a quarter of an hour:
+`run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does everything.
+
+A trial of one system on two CPU cores, without the knobs, takes a quarter of an hour:
 
     python benchmarks/time_to_accuracy.py all --size tiny --systems seal-c --phases timing search finalists final \
         --minutes 30 --workers 2 --work runs/tta-tiny
