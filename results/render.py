@@ -98,8 +98,8 @@ def other(file: str) -> dict[str, Any]:
 def environment(copies: bool = False) -> Environment:
     """Make what templates are rendered with; pictures are copied into docs/ if it is asked for."""
     made = Environment(undefined=StrictUndefined, autoescape=False)
-    made.filters["fixed"] = lambda value, digits=0: f"{value:,.{digits}f}"
-    made.filters["signed"] = lambda value, digits=0: f"{value:+,.{digits}f}"
+    made.filters["fixed"] = lambda value, digits=0: f"{round(value, digits) + 0.0:,.{digits}f}"  # no -0
+    made.filters["signed"] = lambda value, digits=0: f"{round(value, digits) + 0.0:+,.{digits}f}"
     made.filters["interval"] = interval
     made.globals["report"] = report
     made.globals["sites"] = sites

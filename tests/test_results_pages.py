@@ -165,3 +165,9 @@ def test_a_file_that_a_table_misses_is_named(
     render.main()
     shown = capsys.readouterr().out.splitlines()
     assert shown == ["1 figures and tables are what results/ has.", "Not there yet: results/cots.json"]
+
+
+def test_a_figure_that_is_rounded_to_nothing_has_no_minus():
+    assert JINJA.from_string("{{ v | fixed(1) }} {{ v | signed(1) }} {{ v | fixed(3) }}").render(v=-0.003) == (
+        "0.0 +0.0 -0.003"
+    )
