@@ -94,7 +94,7 @@ def copied(done, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_takes_the_results_file_of_the_part(done, copied: Path) -> None:
     page = next(text for text in filled("results/reproduce-lines.json", result_of(done[0])) if "| lines |" in text)
     assert "| lines | 500 | 2 |" in page
-    assert re.search(r"^- seal-h: 8 parameters, \d+ tokens of training$", page, re.MULTILINE)
+    assert re.search(r"^- seal-h: 8 parameters, \d+ tokens of training, learning rate 0\.5$", page, re.MULTILINE)
     assert page.rstrip().endswith(f"![Score by length](images/{copied.name})")
 
 
@@ -128,6 +128,13 @@ def test_the_first_table_of_the_readme_has_a_column_for_each_cost_that_was_measu
     rows, words = first_table(reproduce_guard={"guard": essays})
     assert [row[5:] for row in rows] == [["32", ""], ["", "0.5%"], ["76", "13.0%"]]
     assert "Perplexity is what they cost the model elsewhere" in words
+
+    none = {"to 0.9": {"seconds": None, "tokens": None}, "runs": []}
+    runs = [{"to": {"0.9": {"tokens": tokens}}} for tokens in (80, 100, 140)]
+    trained = {"seal-h": none, "lora": {"to 0.9": {"seconds": 20.0, "tokens": 100}, "runs": runs}}
+    rows, words = first_table(time_to_accuracy={"systems": trained})
+    assert [row[5] for row in rows] == ["", "not reached", "20 s (16 to 28)"]
+    assert "Seconds are worked out" in words
 
 
 def test_each_score_of_the_heads_is_a_job_of_its_own_beside_the_answers(
