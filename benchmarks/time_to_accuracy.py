@@ -22,7 +22,7 @@ for that, and no need.
 
 `run` begins no job after `--minutes`; called again, it goes on with what is left. `all` does everything.
 
-A trial of one system on two CPU cores, without the knobs, takes a quarter of an hour:
+A trial of one system on two CPU cores, without the knobs, takes about ten minutes:
 
     python benchmarks/time_to_accuracy.py all --size tiny --systems seal-c --phases timing search finalists final \
         --minutes 30 --workers 2 --work runs/tta-tiny
