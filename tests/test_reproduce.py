@@ -282,6 +282,18 @@ def test_a_misspelt_model_claims_no_folder(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("prompts", [0, -3])
+def test_a_batch_of_no_prompts_is_refused_before_any_work(
+    prompts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = save_model(tmp_path / "model", max_position_embeddings=4096)
+    words = ("reproduce", "lines", "--size", "tiny", "--model_name_or_path", model)
+    assert seal(*words, f"--per_device_eval_batch_size={prompts}") == 1
+    assert f"per_device_eval_batch_size={prompts} was given; use at least 1." in error_of(capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_a_part_that_was_begun_with_another_batch_is_refused_and_its_samples_are_not(
     done, capsys: pytest.CaptureFixture[str]
 ) -> None:

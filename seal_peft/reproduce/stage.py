@@ -75,14 +75,16 @@ def reproduce(arguments: ReproduceArguments) -> str:
         A table of scores by length for each part, or what was made if it is the samples only.
 
     Raises:
-        ValueError: There is no such part, the process sees several GPUs, or the work folder holds work of another
-            model, size or batch, or samples that tasks make otherwise by now.
-        OSError: The model has no tokenizer that can be read.
+        ValueError: There is no such part, a batch has no prompts, the process sees several GPUs, or the work folder
+            holds work of another model, size or batch, or samples that tasks make otherwise by now.
+        OSError: There is no such model, or it has no tokenizer that can be read.
         ImportError: matplotlib is missing.
     """
     new_figure(1, 1)  # asked first: pictures come last
     if unknown := [name for name in arguments.parts if name not in PARTS]:
         raise ValueError(f"There is no part {unknown[0]!r}. The parts: {', '.join(PARTS)}.")
+    if (prompts := arguments.per_device_eval_batch_size) < 1:
+        raise ValueError(f"per_device_eval_batch_size={prompts} was given; use at least 1.")
     if (gpus := torch.cuda.device_count()) > 1 and not arguments.samples_only:
         raise ValueError(
             f"This process sees {gpus} GPUs and uses one. Start one or more for each GPU, which share the work: "
